@@ -1,0 +1,222 @@
+"""The main job's case: one training step of CLIP ViT-B/16 with LoRA on every linear of every block, on photographs.
+
+The model learns, without labels, to tell which two views show the same scene; only the LoRA factors are trained.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+import fastadapt
+from bench.case import COMPILED, FASTADAPT, FROZEN, PEFT, Arm, Case
+from bench.clocks import ROTATION
+from bench.photos import views
+from bench.verify import Verdict, judge, poisoned
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+RANK, ALPHA, DROPOUT = 16, 16, 0.1
+TEMPERATURE, LEARNING_RATE = 0.1, 1e-4
+SEED = 0
+SLACK = (
+    1.2  # rounding errors grow through twelve blocks: those of two right answers differ by several per cent either way
+)
+ARCHITECTURE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+ARCHITECTURE |= {"patch_size": 16, "image_size": 224, "projection_dim": 512}
+
+# weights' dtype (PEFT's adapters have it too), and autocast's
+PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
+    "float32": (torch.float32, None),
+    "bfloat16": (torch.bfloat16, None),
+    "float32 under bfloat16 autocast": (torch.float32, torch.bfloat16),
+}
+
+
+def case(precision: str, batch: int, activation: str = "quick_gelu") -> Case:
+    """The Case at one of PRECISIONS with `batch` images a step, two for each scene.
+
+    activation: CLIP's own, or "gelu" for what ViT and DINOv2 have in its place, which keeps less for the backward.
+    """
+    dtype, autocast = PRECISIONS[precision]
+    return Case(
+        name=f"CLIP ViT-B/16, batch {batch}, {precision}" + (f", {activation}" if activation != "quick_gelu" else ""),
+        params={
+            "model": os.environ.get("CHECKPOINT") or "configuration, random weights",
+            "batch": batch,
+            "tokens": 197,
+            "r": RANK,
+            "alpha": ALPHA,
+            "dropout": DROPOUT,
+            "precision": precision,
+            "linears": LINEARS,
+            "activation": activation,
+            "optimizer": f"AdamW, lr {LEARNING_RATE}",
+            **ARCHITECTURE,
+        },  # fmt: skip
+        dtype=autocast or dtype,
+        autocast=autocast is not None,
+        make_inputs=lambda device: Inputs(device, dtype, autocast, batch, activation),
+        arms={
+            FROZEN: _frozen,
+            PEFT: lambda inputs: _trained(inputs, inputs.model()),
+            COMPILED: lambda inputs: _trained(inputs, _compile_blocks(inputs.model())),
+            FASTADAPT: lambda inputs: _trained(inputs, fastadapt.fuse(inputs.model())),
+        },
+        verify=_verify,
+        work={"training step": None},
+    )
+
+
+def build(device: torch.device, activation: str = "quick_gelu") -> nn.Module:
+    """CLIP's vision tower with PEFT LoRA, float32, every factor random; CHECKPOINT names a folder of real weights."""
+    checkpoint = os.environ.get("CHECKPOINT")
+    if checkpoint and device.type != "meta":
+        tower = CLIPVisionModelWithProjection.from_pretrained(checkpoint, local_files_only=True, dtype=torch.float32)
+    else:
+        torch.manual_seed(SEED)
+        with torch.device("meta" if device.type == "meta" else "cpu"):
+            tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**ARCHITECTURE, hidden_act=activation))
+    torch.manual_seed(SEED)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules=LINEARS)
+    model = get_peft_model(tower, config)
+    for layer in lora_layers(model):  # PEFT starts B at zero, where A's gradient would be zero and prove nothing
+        nn.init.normal_(layer.lora_B["default"].weight, std=0.02)
+    return model.to(device).train()
+
+
+def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
+    """The model's PEFT LoRA layers."""
+    return (module for module in model.modules() if isinstance(module, LoraLayer))
+
+
+def contrastive_loss(embeddings: Tensor) -> Tensor:
+    """Cross-entropy of finding each view's partner (row i ^ 1) among all other views, by cosine similarity.
+
+        L = - mean_i log softmax_j(z_i . z_j / temperature, j != i)[i ^ 1],      z = e / |e|
+
+    embeddings: (2 n, d), taken to at least float32 (van den Oord et al., 2018; Chen et al., "SimCLR", ICML 2020).
+    """
+    z = F.normalize(embeddings if embeddings.dtype == torch.float64 else embeddings.float(), dim=-1)
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    similarity = (z @ z.t() / TEMPERATURE).masked_fill(itself, float("-inf"))
+    return F.cross_entropy(similarity, torch.arange(len(z), device=z.device) ^ 1)
+
+
+class Inputs:
+    """What the arms share: photographs, the PEFT model they all start from, and its results in float64."""
+
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, autocast: torch.dtype | None, batch: int, activation: str
+    ) -> None:
+        self.device, self.dtype, self.autocast = device, dtype, autocast
+        self._model = build(device, activation).to(dtype)
+        if device.type == "meta":
+            self.photos = [torch.empty(batch, 3, 224, 224, dtype=dtype, device=device)]
+        else:
+            self.photos = [views(batch // 2, seed=i).to(device, dtype) for i in range(ROTATION)]
+        self.eager = cache(lambda dropout: self._twin(dropout, dtype))
+        self.exact = cache(lambda dropout: self._twin(dropout, torch.float64))
+
+    def model(self) -> nn.Module:
+        """A copy of the PEFT model, for an arm to change and train."""
+        return copy.deepcopy(self._model)
+
+    def context(self) -> Any:
+        """The autocast, if any, that a forward pass runs under."""
+        return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
+
+    def loss(self, model: nn.Module, i: int) -> Tensor:
+        with self.context():
+            return contrastive_loss(model(pixel_values=self.photos[i]).image_embeds)
+
+    def outputs(self, model: nn.Module, dropout: bool) -> dict[str, Tensor]:
+        """Embeddings, loss and the gradient of every LoRA factor, from SEED."""
+        model.zero_grad(set_to_none=True)
+        model.train(dropout)
+        torch.manual_seed(SEED)
+        photos = self.photos[0].to(model.dtype)
+        with poisoned(), self.context() if model.dtype != torch.float64 else nullcontext():
+            embeddings = model(pixel_values=photos).image_embeds
+            loss = contrastive_loss(embeddings)
+            loss.backward()
+        found = {"image_embeds": embeddings.detach(), "loss": loss.detach()}
+        found |= {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+        model.zero_grad(set_to_none=True)
+        model.train()
+        return found
+
+    def _twin(self, dropout: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+        """PEFT's own outputs in `dtype`, with fastadapt's dropout masks in place of nn.Dropout's."""
+        model = self.model().to(dtype)
+        for layer in lora_layers(model):
+            layer.lora_dropout["default"] = fastadapt.PhiloxDropout(DROPOUT)
+        return self.outputs(model, dropout)
+
+
+def _trained(inputs: Inputs, model: nn.Module) -> Arm:
+    """A model whose trainable parameters AdamW updates."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    on_gpu = inputs.device.type == "cuda"
+    optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, capturable=on_gpu, fused=on_gpu)
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return Arm(
+        forward=lambda i: inputs.loss(model, i),
+        backward=lambda loss: loss.backward(),
+        update=update,
+        outputs=lambda dropout: inputs.outputs(model, dropout),
+        constants=[*model.parameters(), *model.buffers(), *inputs.photos],
+    )
+
+
+def _frozen(inputs: Inputs) -> Arm:
+    """The model without LoRA, its gradient taken back to the first block's input: no adapter can cost less."""
+    model = inputs.model().unload().requires_grad_(False)
+    blocks_input: list[Tensor] = []
+
+    def require_gradient(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+        blocks_input[:] = [output.requires_grad_()]
+        return output
+
+    model.vision_model.pre_layrnorm.register_forward_hook(require_gradient)
+    return Arm(
+        forward=lambda i: inputs.loss(model, i),
+        backward=lambda loss: torch.autograd.grad(loss, blocks_input),
+        outputs=lambda dropout: {},
+        constants=[*model.parameters(), *model.buffers(), *inputs.photos],
+    )
+
+
+def _compile_blocks(model: nn.Module) -> nn.Module:
+    """Each block under torch.compile: compiled once and used by all, where the whole model takes minutes."""
+    for layer in model.base_model.model.vision_model.encoder.layers:
+        layer.compile()
+    return model
+
+
+def _verify(name: str, arm: Arm, inputs: Inputs) -> dict[str, Verdict]:
+    """Against PEFT in float64: every arm without dropout, and those that draw fastadapt's masks with it."""
+    if name == FROZEN:
+        return {}
+    settings = {"dropout 0": False}
+    if name == FASTADAPT:
+        settings[f"dropout {DROPOUT}"] = True
+    dtype = inputs.autocast or inputs.dtype
+    return {
+        label: judge(arm.outputs(dropout), inputs.eager(dropout), inputs.exact(dropout), dtype, SLACK)
+        for label, dropout in settings.items()
+    }

@@ -1,0 +1,1 @@
+"""Single operations under pytest-benchmark: `pytest bench/micro`, with its --benchmark-save and --benchmark-compare."""

@@ -1,0 +1,91 @@
+"""What the terminal shows: a progress bar throughout, and a short table at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from bench.case import AGAIN, FROZEN, PEFT
+from bench.rows import Row
+from bench.summary import MAIN_CLOCKS, ORDER, by_arm, failures, groups, of_kind
+
+
+class Bar:
+    """One bar for a whole job: stages have a share of it, and each is reported with its seconds when it ends."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        self._progress = Progress(*columns, console=console, transient=True)
+        self._task = self._progress.add_task("", total=1.0)
+        self._from, self._share = 0.0, 0.0
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    @contextmanager
+    def stage(self, label: str, share: float) -> Iterator[None]:
+        """Everything inside is `label`, and takes `share` (0 to 1) of the job."""
+        self._share, start = share, time.perf_counter()
+        self(label, 0.0)
+        yield
+        self._from += share
+        self._share = 0.0
+        self._progress.console.print(f"[dim]{time.perf_counter() - start:6.1f} s[/dim]  {label}")
+
+    def __call__(self, what: str, done: float) -> None:
+        """Say what happens now; `done` is the part of the current stage that is over."""
+        self._progress.update(self._task, description=what, completed=self._from + done * self._share)
+
+
+def seconds(value: float) -> str:
+    """Three digits in the unit that suits: '1.23 s', '4.56 ms', '78.9 us'."""
+    for unit, scale in (("s", 1.0), ("ms", 1e3)):
+        if value * scale >= 1:
+            return f"{value * scale:.3g} {unit}"
+    return f"{value * 1e6:.3g} us"
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """One line for each arm of the main job: the step's time, the bytes it keeps, its launches, its host time."""
+    shown = Table(title="CLIP ViT-B/16, LoRA r=16 on every linear, dropout 0.1: one training step")
+    timed = next((group for group in groups(rows) if group.clock in MAIN_CLOCKS), None)
+    saved, launches = by_arm(rows, "saved", "saved_bytes"), by_arm(rows, "launches", "total_count")
+    verdicts = {
+        row.arm: [other.status for other in rows if other.kind == "verify" and other.arm == row.arm] for row in rows
+    }
+    shown.add_column("arm", no_wrap=True)
+    for heading in ("right", "step", "of PEFT's (95 %)", "kept for backward", "of frozen", "launches"):
+        shown.add_column(heading, justify="right")
+    for arm in [
+        arm for arm in ORDER if arm != AGAIN and (arm in saved or (timed and arm in timed.rows) or verdicts.get(arm))
+    ]:
+        right = "-" if not verdicts.get(arm) else "yes" if set(verdicts[arm]) == {"ok"} else verdicts[arm][-1]
+        time_ = seconds(timed.rows[arm].values["median_s"]) if timed and arm in timed.rows else "-"
+        against = timed.ratio(arm, PEFT) if timed and arm != PEFT else None
+        beside = (
+            f"{against.value:.2f} ({against.low:.2f}-{against.high:.2f}) {against.sign(timed.noise)}"
+            if against
+            else "-"
+        )
+        kept = [f"{saved[arm] / 1e6:.0f} MB", f"{saved[arm] / saved[FROZEN]:.2f}"] if arm in saved else ["-", "-"]
+        shown.add_row(arm, right, time_, beside, *kept, str(launches.get(arm, "-")))
+    return shown
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """The lines under the table: host time, and what failed or was skipped and why."""
+    lines = [
+        f"host time over a frozen linear, forward+backward, {row.params['dropout']:g} dropout: "
+        f"PEFT +{row.values['peft_us']:.0f} us, fastadapt +{row.values['fastadapt_us']:.0f} us"
+        for row in of_kind(rows, "host")
+    ]
+    return lines + [f"{row.status}: {row.case}, {row.arm or row.kind}: {row.reason}" for row in failures(rows)]

@@ -1,0 +1,7 @@
+// The operators of the extension, declared in one place; each source beside this one implements its own.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(fastadapt_native, m) {
+  m.def("masked(Tensor x, Tensor seed, int threshold, int member) -> Tensor");
+  m.def("keep_mask(Tensor seed, int rows, int cols, int threshold, int member) -> Tensor");
+}

@@ -1,0 +1,1 @@
+"""What every operation shares: argument checks, backend choice, registration, kernel launches and dropout masks."""

@@ -1,0 +1,77 @@
+"""Which implementation runs a call: chosen once, never silently."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fastadapt.core.launch import arch_of, interpreting
+
+BACKENDS = ("reference", "triton")
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for, or that strict mode insists on, cannot run this call."""
+
+
+@lru_cache(maxsize=1)
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Every reason why Triton kernels cannot run on tensors of this device and dtype; empty if they can."""
+    reasons = []
+    if not _triton_installed():
+        reasons.append("triton is not installed")
+    if device.type == "cpu" and not interpreting():
+        reasons.append("x is on the CPU and TRITON_INTERPRET=1 is not set")
+    elif device.type not in ("cpu", "cuda", "meta"):
+        reasons.append(f"x is on {device.type}")
+    elif device.type == "cuda" and arch_of(device) < 80:
+        reasons.append(f"the GPU has compute capability {arch_of(device) / 10}, at least 8.0 is needed")
+    if dtype not in TRITON_DTYPES:
+        reasons.append(f"x is {dtype}, kernels exist for float32, float16 and bfloat16")
+    return reasons
+
+
+@lru_cache(maxsize=None)
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def choose(operation: str, requested: str | None, x: Tensor) -> str:
+    """The backend for a call of `operation` on x: the one requested, else Triton on a GPU and the reference elsewhere.
+
+    A requested backend that cannot run raises BackendError with every reason.  An automatic choice that falls back from Triton
+    on a GPU warns once a reason, and raises under FASTADAPT_STRICT=1.
+    """
+    if requested not in (None, *BACKENDS):
+        raise ValueError(f"backend: expected None or one of {', '.join(BACKENDS)}, got {requested!r}")
+    if requested == "reference" or (requested is None and x.device.type != "cuda"):
+        return "reference"
+    reasons = why_not_triton(x.device, x.dtype)
+    if not reasons:
+        return "triton"
+    message = f"{operation}: the triton backend cannot run: {'; '.join(reasons)}"
+    if requested == "triton" or os.environ.get("FASTADAPT_STRICT") == "1":
+        raise BackendError(message)
+    _warn_once(f"{message}. The reference runs instead.")
+    return "reference"
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype autocast would compute with on x, None where it is off; as in torch, float64 is left alone.
+
+    A tensor on the meta device follows the CPU's autocast, which a machine without a GPU can switch.
+    """
+    kind = "cpu" if x.device.type == "meta" else x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return None

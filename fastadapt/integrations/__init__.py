@@ -1,0 +1,1 @@
+"""Where fastadapt meets other libraries: one file for each, which alone imports it."""

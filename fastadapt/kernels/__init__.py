@@ -1,0 +1,1 @@
+"""One folder per operation, the same file names in each: op, reference, triton_kernel, config, README."""

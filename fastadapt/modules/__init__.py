@@ -1,0 +1,1 @@
+"""Drop-in modules, and fuse / unfuse / explain for the models of others."""

@@ -1,0 +1,177 @@
+"""fuse, unfuse and explain: the fused operation inside somebody else's model."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import Counter
+from dataclasses import astuple, dataclass, fields
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastadapt.core.backend import BackendError, choose, why_not_triton
+from fastadapt.modules.lora import LoraLinear
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One LoRA layer: where it is, what it is, and what a call of it runs.
+
+    shape is (out_features, in_features); rank and dropout are the active adapter's, None where there is none.  path is
+    "PEFT", or "fastadapt" with the backend; reason says why it is that one, and is empty for a fused layer on the best
+    backend of its device.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    rank: int | None
+    dropout: float | None
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, repr=False)
+class Explanation:
+    """What `explain` found: one row for each LoRA layer; as a string, a table."""
+
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        header = [field.name for field in fields(Row)]
+        cells = [header, *([_cell(value) for value in astuple(row)] for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*cells)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
+        fused = sum(row.path.startswith("fastadapt") for row in self.rows)
+        return "\n".join([*lines, f"{fused} of {len(self.rows)} LoRA layers run fused"])
+
+    __repr__ = __str__
+
+
+def fuse(model: Model) -> Model:
+    """Compute the model's PEFT LoRA linears with `fastadapt.lora_linear`, in place.
+
+        y = x W^T + b + scaling dropout(x) A^T B^T, one operation instead of PEFT's five
+
+    Each `peft.tuners.lora.Linear` on a torch.nn.Linear changes its class and nothing else: parameters stay PEFT's
+    objects, so state_dict, save_pretrained, merge_and_unload, set_adapter, disable_adapter and the rest are as before.
+    Each call looks at PEFT's state again, and runs PEFT's own forward where the operation would not mean the same
+    (several active adapters, adapters for parts of a batch, merged or disabled ones).  Layers that no call could fuse
+    (DoRA and other variants, quantised bases, embeddings, convolutions) are left alone, with a warning; `explain` says
+    why.
+
+    Args:
+        model: any module that contains PEFT LoRA layers.  Fusing again is harmless, and picks up layers added since.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+        ValueError: model has no PEFT LoRA layer.
+
+    Without dropout equal to PEFT up to rounding.  With it the masks have the same distribution but come from a seed
+    (fastadapt.core.philox), not from nn.Dropout's random stream; `fastadapt.PhiloxDropout` gives an eager model them.
+    """
+    layers = _peft_layers(model)
+    if not layers:
+        raise ValueError(
+            "model: expected a model with PEFT LoRA layers, as peft.get_peft_model makes, "
+            f"got a {type(model).__name__} without any"
+        )
+    from fastadapt.integrations import peft
+
+    reasons = [peft.fuse_layer(layer) for layer in layers.values()]
+    left = Counter(reason for reason in reasons if reason is not None)
+    if left:
+        counts = "; ".join(f"{reason} ({count})" for reason, count in left.items())
+        warnings.warn(f"fuse left {left.total()} of {len(layers)} LoRA layers to PEFT: {counts}", stacklevel=2)
+    return model
+
+
+def unfuse(model: Model) -> Model:
+    """Give every layer that `fuse` changed its own class back, in place; returns the same model.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+    """
+    for layer in _peft_layers(model).values():
+        from fastadapt.integrations import peft
+
+        peft.unfuse_layer(layer)
+    return model
+
+
+def explain(model: nn.Module) -> Explanation:
+    """List the model's LoRA layers, PEFT's and `fastadapt.LoraLinear`: the path that a call of each takes now, and why.
+
+    The call is supposed to have x on the weight's device and in its dtype, and the autocast that explain itself has.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module.
+    """
+    layers = _peft_layers(model)
+    rows = []
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            rows.append(_own_row(name, module))
+        elif name in layers:
+            rows.append(_peft_row(name, module))
+    return Explanation(tuple(rows))
+
+
+def _peft_layers(model: nn.Module) -> dict[str, nn.Module]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if "peft" not in sys.modules:  # then nothing can have made such a layer, and importing peft would take seconds
+        return {}
+    from fastadapt.integrations import peft
+
+    return dict(peft.lora_layers(model))
+
+
+def _own_row(name: str, layer: LoraLinear) -> Row:
+    path, reason = ("torch", "merged into the weight") if layer.merged else _path(_like(layer.weight))
+    shape = (layer.out_features, layer.in_features)
+    return Row(name, type(layer).__name__, shape, layer.r, layer.lora_dropout, path, reason)
+
+
+def _peft_row(name: str, layer: nn.Module) -> Row:
+    from fastadapt.integrations import peft
+
+    adapter = next((adapter for adapter in layer.active_adapters if adapter in layer.r), None)
+    dropout = getattr(layer.lora_dropout[adapter], "p", 0.0) if adapter in layer.lora_dropout else None
+    path, reason = "PEFT", peft.why_never(layer)
+    if reason is None:
+        like = _like(layer.base_layer.weight)
+        reason = peft.why_not(layer, like)
+        if reason is None and not isinstance(layer, peft.FusedLinear):
+            reason = "fastadapt.fuse(model) would fuse it"
+        elif reason is None:
+            path, reason = _path(like)
+    shape = (layer.out_features, layer.in_features)
+    return Row(name, type(layer).__name__, shape, layer.r.get(adapter), dropout, path, reason)
+
+
+def _like(weight: Tensor) -> Tensor:
+    """The x that explain supposes: one row, of the weight's width, dtype and device."""
+    return torch.empty(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
+
+
+def _path(like: Tensor) -> tuple[str, str]:
+    """What a call with x like this tensor runs, and why nothing faster."""
+    try:
+        backend = choose("lora_linear", None, like)
+    except BackendError as error:
+        return "none", str(error)
+    return f"fastadapt {backend}", "; ".join(why_not_triton(like.device, like.dtype)) if like.is_cuda else ""
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,145 @@
+"""The page is drawn from rows alone, shows what is lost, and needs nothing beside it."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from bench import report, terminal
+from bench.case import AGAIN, COMPILED, FASTADAPT, FROZEN, PEFT
+from bench.rows import Recorder, Row
+from bench.stats import summary
+from bench.summary import STEP, comparisons, groups
+
+STEPS = {FROZEN: 1.0, PEFT: 2.0, COMPILED: 1.4, FASTADAPT: 1.5, AGAIN: 1.51}
+SAVED = {FROZEN: 100e6, PEFT: 200e6, FASTADAPT: 130e6}
+LAUNCHES = {FROZEN: (1, 1), PEFT: (6, 8), FASTADAPT: (2, 12)}
+JITTER = (1.0, 1.01, 0.99, 1.02, 0.98, 1.0, 1.01)
+
+
+def time_fields(median: float) -> dict[str, Any]:
+    samples = [median * jitter for jitter in JITTER]
+    found = summary(samples)
+    values = {"n_count": found.n, "median_s": found.median, "p20_s": found.p20, "p80_s": found.p80}
+    return {"samples": samples, "values": values, "clock": "cpu"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    earlier = Recorder(tmp_path / "rows.jsonl", "earlier run", {})
+    earlier("time", "an older case", PEFT, phase=STEP, **time_fields(77.0))
+    record = Recorder(tmp_path / "rows.jsonl", "this run", {"device": {"name": "Some CPU"}, "torch": "9.9"})
+    model = {"params": {"linears": ["q_proj"]}}
+    for arm, median in STEPS.items():
+        record("time", "a model", arm, phase=STEP, **time_fields(median))
+    for arm, median in STEPS.items():
+        record("time", "lora_linear <one>", arm, phase="forward", **time_fields(median / 1e3))
+    for arm, size in SAVED.items():
+        record("saved", "a model", arm, values={"saved_bytes": size}, **model)
+        forward, backward = LAUNCHES[arm]
+        counts = {"forward_count": forward, "backward_count": backward, "total_count": forward + backward}
+        record("launches", "a model", arm, values=counts | {"kernels": {"mm": forward}}, **model)
+    errors = {f"{kind}_{of}": 1e-6 for kind in ("error", "eager_error", "apart") for of in ("mean", "worst")}
+    record("verify", "a model", FASTADAPT, phase="dropout 0.1", values=errors | {"tensors_count": 146})
+    record("verify", "a model", "addmm-style", status="failed", reason="y: error 0.5")
+    record("host", "host", "", params={"dropout": 0.0}, values={"frozen_us": 40, "peft_us": 120, "fastadapt_us": 50})
+    record("compile", "a model", COMPILED, values={"compile_s": 60.0})
+    record("ceiling", "machine", "", values={"copy_bytes_per_s": 2e10})
+    record("static", "kernels", "", values={"kernel": "forward_kernel", "regs": "128"})
+    return tmp_path
+
+
+@pytest.fixture
+def page(folder: Path) -> str:
+    report.write(folder)
+    return (folder / "index.html").read_text()
+
+
+def section(page: str, heading: str) -> str:
+    return page.split(f"<h2>{heading}</h2>")[1].split("<h2>")[0]
+
+
+def test_losses_are_shown(page: str) -> None:
+    """fastadapt is slower than the compiled arm here, and starts as many kernels as PEFT."""
+    lost = section(page, "Where fastadapt does not win")
+    assert re.search(r"torch\.compile\(PEFT\)</td><td[^>]*>training step, cpu clock</td>", lost)
+    assert re.search(r"torch\.compile\(PEFT\)</td><td[^>]*>forward, cpu clock</td>", lost)
+    assert "1.07" in lost
+    assert re.search(r"PEFT</td><td[^>]*>kernel launches</td><td[^>]*>a model</td><td>≈ 1\.00", lost)
+    assert "training step, cpu clock: +50 %" in lost  # over the frozen model
+
+
+def test_failures_and_skips_are_shown(page: str) -> None:
+    assert "y: error 0.5" in section(page, "What failed or was skipped")
+
+
+def test_only_the_last_run_is_drawn(page: str) -> None:
+    assert "an older case" not in page
+    assert "77" not in section(page, "One training step").split("</svg>")[-1]
+    assert "1 of earlier runs" in page
+
+
+def test_the_page_is_self_contained_and_escaped(page: str) -> None:
+    links = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert all(link.startswith("#") for link in links)  # glyphs and clips inside the figures themselves
+    assert "lora_linear <one>" not in page
+    assert "lora_linear &lt;one&gt;" in page
+    assert page.count("<svg") >= 4
+
+
+def test_every_section_is_there(page: str) -> None:
+    headings = re.findall(r"<h2>(.*?)</h2>", page)
+    assert headings == [
+        "Is it right?",
+        "One training step",
+        "Bytes kept for the backward",
+        "Kernel launches",
+        "Host time of one linear",
+        "Single operations",
+        "Where fastadapt does not win",
+        "What failed or was skipped",
+        "The kernels&#x27; machine code",
+        "How to read this",
+        "Conditions",
+    ]
+
+
+def test_compiling_is_weighed_against_what_it_gains(page: str) -> None:
+    assert "took 60 s" in page
+    assert "earned back after 100 steps" in page  # 60 s at 0.6 s a step
+
+
+def test_the_same_rows_draw_the_same_page(folder: Path, page: str) -> None:
+    report.write(folder)
+    assert (folder / "index.html").read_text() == page
+
+
+def test_a_page_of_nothing_but_a_failure(tmp_path: Path) -> None:
+    Recorder(tmp_path / "rows.jsonl", "run", {})("verify", "case", PEFT, status="oom", reason="no memory")
+    report.write(tmp_path)
+    page = (tmp_path / "index.html").read_text()
+    assert "no memory" in page
+    assert "Nothing could be compared" in page
+
+
+def test_comparisons_never_mix_cases_or_clocks() -> None:
+    def row(case: str, arm: str, clock: str, median: float) -> Row:
+        return Row("run", "time", case, arm, phase=STEP, **time_fields(median) | {"clock": clock})
+
+    rows = [row("a", PEFT, "cpu", 2.0), row("b", FASTADAPT, "cpu", 1.0), row("a", FASTADAPT, "wall", 1.0)]
+    assert comparisons(rows) == []
+    assert len(groups(rows)) == 3
+
+
+def test_the_terminal_table_is_the_same_story(folder: Path) -> None:
+    rows = report.write(folder)
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(terminal.table(rows))
+    text = console.export_text()
+    assert re.search(r"fastadapt\s*│\s*yes\s*│\s*1\.5 s\s*│\s*0\.75 \(.*\) <\s*│\s*130 MB\s*│\s*1\.30\s*│\s*14", text)
+    assert "failed: a model, addmm-style: y: error 0.5" in terminal.notes(rows)

@@ -1,0 +1,108 @@
+"""A case is verified before it is timed, and one arm's trouble is not another's."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bench import run
+from bench.case import AGAIN, FASTADAPT, PEFT, Arm, Case, Work
+from bench.clocks import CLOCKS
+from bench.rows import Recorder, Row, read
+from bench.verify import Verdict
+
+CPU = torch.device("cpu")
+CEILINGS = {"copy_bytes_per_s": 1e9, "float32_flops_per_s": 1e9}
+
+
+def arm() -> Arm:
+    return Arm(forward=lambda i: i, backward=lambda result: result, outputs=lambda dropout: {}, constants=[])
+
+
+def broken() -> Arm:
+    raise torch.OutOfMemoryError("no room for this arm")
+
+
+def failing() -> Arm:
+    def forward(i: int) -> int:
+        raise RuntimeError("cannot run\nfor reasons")
+
+    return Arm(forward=forward, backward=lambda result: result, outputs=lambda dropout: {}, constants=[])
+
+
+def verdict(name: str) -> Verdict:
+    return Verdict({"y": 1.0}, {"y": 0.1}, {"y": 1.0}, "y: error 1" if name == "wrong" else "")
+
+
+CASE = Case(
+    name="case",
+    params={"rows": 1},
+    dtype=torch.float32,
+    autocast=False,
+    make_inputs=lambda device: None,
+    arms={
+        PEFT: lambda inputs: arm(),
+        FASTADAPT: lambda inputs: arm(),
+        "wrong": lambda inputs: arm(),
+        "broken": lambda inputs: broken(),
+        "failing": lambda inputs: failing(),
+    },
+    verify=lambda name, arm, inputs: {"dropout 0": verdict(name)},
+    work={"forward": Work(1e6, 1e3)},
+)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> list[Row]:
+    record = Recorder(tmp_path / "rows.jsonl", "run", {})
+    arms = run.prepare(CASE, [*CASE.arms, "absent"], None, record, skip={"absent": "not installed"})
+    run.measure(CASE, arms, CLOCKS["cpu"], 0.01, record, CEILINGS)
+    return read(tmp_path / "rows.jsonl")
+
+
+def test_only_the_right_are_timed(rows: list[Row]) -> None:
+    timed = [row.arm for row in rows if row.kind == "time" and row.status == "ok"]
+    assert timed == [PEFT, FASTADAPT, AGAIN]
+
+
+def test_every_failure_has_its_row(rows: list[Row]) -> None:
+    found = {(row.arm, row.kind): (row.status, row.reason) for row in rows if row.status != "ok"}
+    assert found == {
+        ("wrong", "verify"): ("failed", "y: error 1"),
+        ("broken", "verify"): ("oom", "OutOfMemoryError: no room for this arm"),
+        ("failing", "time"): ("failed", "RuntimeError: cannot run"),
+        ("absent", "verify"): ("skipped", "not installed"),
+    }
+
+
+def test_a_time_row_knows_its_clock_its_work_and_its_roofline(rows: list[Row]) -> None:
+    row = next(row for row in rows if row.kind == "time" and row.arm == PEFT)
+    assert (row.clock, row.phase, row.params) == ("cpu", "forward", {"rows": 1})
+    assert row.values["n_count"] == len(row.samples) >= run.MIN_ROUNDS
+    assert row.values["floor_s"] == pytest.approx(1e-3)  # arithmetic: 1e6 operations at 1e9 a second
+    assert row.values["roofline_ratio"] == pytest.approx(1e-3 / row.values["median_s"])
+
+
+def test_arms_take_turns_in_a_changing_order() -> None:
+    order: list[str] = []
+
+    def sampler(name: str):
+        return lambda: order.append(name) or 0.0
+
+    samples = run.interleave({name: sampler(name) for name in "abc"}, 1e-9, np.random.default_rng(0), lambda done: None)
+    rounds = [tuple(order[i : i + 3]) for i in range(0, len(order), 3)]
+    assert all(sorted(taken) == ["a", "b", "c"] for taken in rounds)
+    assert len(set(rounds)) > 1
+    assert {len(taken) for taken in samples.values()} == {run.MIN_ROUNDS}
+
+
+def test_a_step_sees_every_set_of_inputs() -> None:
+    seen: list[int] = []
+    sample = CLOCKS["cpu"]["cpu"](seen.append)
+    for _ in itertools.repeat(None, 7):
+        sample()
+    assert seen == [0, 1, 2, 3, 4, 0, 1]
