@@ -1,5 +1,4 @@
-"""Whether torch.compile gets done in time: tried in a process of its own, which can be stopped, before it is tried
-here.
+"""torch.compile as a baseline: never a silent return to eager, and tried first in a process that can be stopped.
 
 Compiled code lands in Inductor's cache, so that this process then compiles the same in seconds.
 `python -m bench.compiled CASE DEVICE` is that process.
@@ -12,12 +11,26 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def compile_in_place(modules: Iterable[nn.Module]) -> None:
+    """Compile modules for the shapes they meet, each as one graph; what cannot be raises when it is called.
+
+    What was compiled before is forgotten: its shapes would make these ones symbolic, and it counts towards the limit on
+    recompilations.
+    """
+    torch._dynamo.reset()
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for module in modules:
+        module.compile(fullgraph=True, dynamic=False)
 
 
 @dataclass

@@ -27,45 +27,48 @@ COUNTED = (("bfloat16", 32), ("bfloat16", 32, "gelu"))  # the cases whose bytes 
 SECONDS = {"cpu": 75.0, "cuda": 5.0}  # of timing for each phase and clock of a training step
 OPERATION_SECONDS = {"cpu": 4.0, "cuda": 0.7}
 COMPILE_BUDGET = 120.0
-STATIC_BUDGET = 240.0
+STATIC_BUDGET = 150.0
 
 
 def main(out: Path, console: Console) -> list[Row]:
     """Prove, count and measure LoRA on CLIP ViT-B/16; write rows.jsonl and index.html in `out`; return the rows."""
     device = _device()
-    record = recorder(
-        out, device, {"job": "main", "seconds": SECONDS, "counted": COUNTED, "case": clip_lora.ARCHITECTURE}
-    )
-    cases = model_cases(device.type)
+    config = {"job": "main", "seconds": SECONDS, "counted": COUNTED, "architecture": clip_lora.ARCHITECTURE}
+    record = recorder(out, device, config)
     with terminal.Bar(console) as bar, tempfile.TemporaryDirectory() as scratch:
-        # neither is timed against anything: they run beside the counting and the proof, and end before the clocks start
-        static = _start_static(Path(scratch))
-        trials = {name: compiled.start(name, device.type, Path(scratch, "inductor")) for name in cases}
-        with bar.stage("count launches and kept bytes (meta device, as on a GPU)", 0.02):
+        with bar.stage("count launches and kept bytes", 0.03):
             for setting in COUNTED:
                 run.count(clip_lora.case(*setting), record, bar)
-        inputs = {name: case.make_inputs(device) for name, case in cases.items()}
-        arms = {}
-        with bar.stage("prove outputs and gradients against PEFT and float64", 0.15):
-            for name, case in cases.items():
-                arms[name] = run.prepare(
-                    case, [arm for arm in case.arms if arm != COMPILED], inputs[name], record, tick=bar
-                )
-        with bar.stage("compile the kernels for five architectures", 0.1):
-            _finish_static(static, Path(scratch), record)
-        with bar.stage("compile PEFT with torch.compile", 0.2):
-            for name, case in cases.items():
-                skip = _finish_trial(trials[name], case, record)
-                arms[name] |= run.prepare(case, [COMPILED], inputs[name], record, skip, bar)
-        with bar.stage("measure the machine's ceilings", 0.03):
+        with bar.stage("compile the kernels for every architecture and read their machine code", 0.15):
+            _static_table(Path(scratch), record)
+        with bar.stage("measure this machine's ceilings", 0.02):
             limits = _ceilings(device, record)
-        with bar.stage("measure host time", 0.05):
+        with bar.stage("measure host time", 0.02):
             _host_time(record)
-        for name, case in cases.items():
-            with bar.stage(f"time the training step: {name}", 0.44 / len(cases)):
-                run.measure(case, arms[name], CLOCKS[device.type], SECONDS[device.type], record, limits, SEED, bar)
+        cases = model_cases(device.type)
+        for case in cases.values():
+            _training_step(case, device, 0.77 / len(cases), record, limits, Path(scratch), bar)
         with bar.stage("draw the report", 0.01):
             return report.write(out)
+
+
+def _training_step(
+    case: Case,
+    device: torch.device,
+    share: float,
+    record: Recorder,
+    limits: dict[str, float],
+    scratch: Path,
+    bar: terminal.Bar,
+) -> None:
+    inputs = case.make_inputs(device)
+    with bar.stage(f"{case.name}: prove outputs and gradients against float64", 0.2 * share):
+        arms = run.prepare(case, [arm for arm in case.arms if arm != COMPILED], inputs, record, tick=bar)
+    with bar.stage(f"{case.name}: torch.compile PEFT, in a process of its own first", 0.3 * share):
+        skip = _try_compiling(case, device, scratch, record)
+        arms |= run.prepare(case, [COMPILED], inputs, record, skip, bar)
+    with bar.stage(f"{case.name}: time the training step", 0.5 * share):
+        run.measure(case, arms, CLOCKS[device.type], SECONDS[device.type], record, limits, SEED, bar)
 
 
 def operations(out: Path, names: Sequence[str], console: Console) -> list[Row]:
@@ -117,29 +120,23 @@ def _host_time(record: Recorder) -> None:
         record("host", "one small linear on the CPU", "", params={"dropout": dropout}, values=values)
 
 
-def _finish_trial(trial: compiled.Trial, case: Case, record: Recorder) -> dict[str, str]:
+def _try_compiling(case: Case, device: torch.device, scratch: Path, record: Recorder) -> dict[str, str]:
     """Record how long compiling took; the arm to skip, and why, if it came to nothing."""
-    seconds, reason = trial.result(COMPILE_BUDGET)
+    seconds, reason = compiled.start(case.name, device.type, scratch / "inductor").result(COMPILE_BUDGET)
     outcome = {"status": "skipped", "reason": reason} if reason else {}
     record("compile", case.name, COMPILED, params=case.params, values={"compile_s": seconds}, **outcome)
     return {COMPILED: reason} if reason else {}
 
 
-def _start_static(scratch: Path) -> subprocess.Popen[str]:
-    """Kernels compile only in a process whose Triton does not interpret."""
-    command = [sys.executable, "-m", "fastadapt.prove.static", "--json", str(scratch / "static.json")]
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def _finish_static(process: subprocess.Popen[str], scratch: Path, record: Recorder) -> None:
+def _static_table(scratch: Path, record: Recorder) -> None:
+    """Kernels compile only in a process whose Triton does not interpret, so the table comes from one."""
     path = scratch / "static.json"
+    command = [sys.executable, "-m", "fastadapt.prove.static", "--json", str(path)]
     try:
-        _, errors = process.communicate(timeout=STATIC_BUDGET)
-        reason = "" if path.exists() else (errors.strip().splitlines() or ["it wrote no table and no message"])[-1]
+        environment = os.environ | {"TRITON_INTERPRET": "0"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=STATIC_BUDGET)
+        reason = "" if path.exists() else (done.stderr.strip().splitlines() or ["it wrote no table and no message"])[-1]
     except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
         reason = f"not finished within {STATIC_BUDGET:.0f} s"
     if reason:
         record("static", "kernels", "", status="failed", reason=f"python -m fastadapt.prove.static: {reason}")

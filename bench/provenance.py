@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from fastadapt import native
+
 ROOT = Path(__file__).parents[1]
 KERNEL_SOURCES = ("fastadapt/kernels", "fastadapt/core", "csrc")
 KERNEL_SUFFIXES = {".py", ".json", ".h", ".cpp", ".cu"}
@@ -30,6 +32,7 @@ def collect(device: torch.device, seed: int, config: dict[str, Any]) -> dict[str
         "seed": seed,
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
+        "native": "loaded" if native.load() else "absent",
         "device": _device(device),
         "threads": torch.get_num_threads(),
         "matmul_precision": torch.get_float32_matmul_precision(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench import sections
@@ -69,9 +69,9 @@ def _headlines(rows: Sequence[Row]) -> list[str]:
 
 
 def _conditions(rows: Sequence[Row], earlier: int) -> str:
-    parts = [heading("Conditions")]
-    provenance = {name: value for name, value in rows[0].provenance.items() if value not in ({}, "absent")}
-    parts.append(definitions(provenance))
+    parts = [heading("Conditions"), definitions(_flat(rows[0].provenance))]
+    if model := next((row for row in of_kind(rows, "time") if row.phase == STEP), None):
+        parts += [heading(model.case, 3), definitions(model.params)]
     for row in of_kind(rows, "ceiling"):
         rates = {
             name.removesuffix("_per_s").replace("_", " "): f"{value / 1e9:,.0f} G/s"
@@ -85,3 +85,13 @@ def _conditions(rows: Sequence[Row], earlier: int) -> str:
         note(f"{len(rows)} rows of this run and {earlier} of earlier runs are in rows.jsonl, beside this page.")
     )
     return "".join(parts)
+
+
+def _flat(provenance: Mapping[str, object]) -> dict[str, object]:
+    """Nested entries side by side: 'device name' for provenance["device"]["name"]."""
+    flat: dict[str, object] = {}
+    for name, value in provenance.items():
+        flat |= (
+            {f"{name} {key}": inner for key, inner in value.items()} if isinstance(value, Mapping) else {name: value}
+        )
+    return flat

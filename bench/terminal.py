@@ -6,13 +6,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from bench.case import AGAIN, FROZEN, PEFT
 from bench.rows import Row
-from bench.summary import MAIN_CLOCKS, ORDER, by_arm, failures, groups, of_kind
+from bench.summary import MAIN_CLOCKS, ORDER, STEP, by_arm, failures, groups, of_kind
 
 
 class Bar:
@@ -55,37 +56,44 @@ def seconds(value: float) -> str:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """One line for each arm of the main job: the step's time, the bytes it keeps, its launches, its host time."""
-    shown = Table(title="CLIP ViT-B/16, LoRA r=16 on every linear, dropout 0.1: one training step")
-    timed = next((group for group in groups(rows) if group.clock in MAIN_CLOCKS), None)
-    saved, launches = by_arm(rows, "saved", "saved_bytes"), by_arm(rows, "launches", "total_count")
-    verdicts = {
-        row.arm: [other.status for other in rows if other.kind == "verify" and other.arm == row.arm] for row in rows
-    }
+    """One line for each arm of the main job: the step's time, the bytes it keeps, its kernel launches."""
+    shown = Table(
+        title="LoRA on every linear of CLIP ViT-B/16: one training step",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0),
+        title_justify="left",
+    )
     shown.add_column("arm", no_wrap=True)
-    for heading in ("right", "step", "of PEFT's (95 %)", "kept for backward", "of frozen", "launches"):
-        shown.add_column(heading, justify="right")
-    for arm in [
-        arm for arm in ORDER if arm != AGAIN and (arm in saved or (timed and arm in timed.rows) or verdicts.get(arm))
-    ]:
-        right = "-" if not verdicts.get(arm) else "yes" if set(verdicts[arm]) == {"ok"} else verdicts[arm][-1]
-        time_ = seconds(timed.rows[arm].values["median_s"]) if timed and arm in timed.rows else "-"
-        against = timed.ratio(arm, PEFT) if timed and arm != PEFT else None
-        beside = (
-            f"{against.value:.2f} ({against.low:.2f}-{against.high:.2f}) {against.sign(timed.noise)}"
-            if against
-            else "-"
+    for heading in ("right", "step", "/ PEFT (95 %)", "kept, / frozen", "launches"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    timed = next((group for group in groups(rows) if group.phase == STEP and group.clock in MAIN_CLOCKS), None)
+    saved, launches = by_arm(rows, "saved", "saved_bytes"), by_arm(rows, "launches", "total_count")
+    for arm in [arm for arm in ORDER if arm != AGAIN]:
+        verdicts = [row.status for row in rows if row.kind == "verify" and row.arm == arm]
+        right = (
+            "-" if not verdicts else "yes" if set(verdicts) == {"ok"} else "no" if "failed" in verdicts else verdicts[0]
         )
-        kept = [f"{saved[arm] / 1e6:.0f} MB", f"{saved[arm] / saved[FROZEN]:.2f}"] if arm in saved else ["-", "-"]
-        shown.add_row(arm, right, time_, beside, *kept, str(launches.get(arm, "-")))
+        step, beside = "-", "-"
+        if timed and arm in timed.rows:
+            step = seconds(timed.rows[arm].values["median_s"])
+            against = timed.ratio(arm, PEFT)
+            if against and arm != PEFT:
+                sign = "≈" if against.sign(timed.noise) == "≈" else ""
+                beside = f"{sign}{against.value:.2f} ({against.low:.2f}-{against.high:.2f})"
+        kept = f"{saved[arm] / 1e6:.0f} MB {saved[arm] / saved[FROZEN]:.2f}" if arm in saved else "-"
+        if verdicts or arm in saved or step != "-":
+            shown.add_row(arm, right, step, beside, kept, str(launches.get(arm, "-")))
     return shown
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
     """The lines under the table: host time, and what failed or was skipped and why."""
     lines = [
-        f"host time over a frozen linear, forward+backward, {row.params['dropout']:g} dropout: "
+        f"host time over a frozen linear, dropout {row.params['dropout']:g}: "
         f"PEFT +{row.values['peft_us']:.0f} us, fastadapt +{row.values['fastadapt_us']:.0f} us"
         for row in of_kind(rows, "host")
     ]
+    group = next((group for group in groups(rows) if group.noise), None)
+    if group:
+        lines.insert(0, f"noise floor, fastadapt against itself: {100 * group.noise:.1f} %")
     return lines + [f"{row.status}: {row.case}, {row.arm or row.kind}: {row.reason}" for row in failures(rows)]

@@ -23,12 +23,20 @@ INSIDE = {
     "fastadapt/core/*": ["fastadapt.core.*", "fastadapt.native"],
     "fastadapt/kernels/*/reference.py": ["fastadapt.core.philox"],
     "fastadapt/kernels/*/config.py": ["fastadapt.core.*"],
-    "fastadapt/kernels/*/triton_kernel.py": ["fastadapt.core.*", "fastadapt.kernels.{op}.config"],
-    "fastadapt/kernels/*/op.py": [
+    "fastadapt/kernels/*/triton_kernel.py": ["fastadapt.core.*"],
+    "fastadapt/kernels/*/triton_launch.py": [
         "fastadapt.core.*",
         "fastadapt.kernels.{op}.reference",
         "fastadapt.kernels.{op}.config",
         "fastadapt.kernels.{op}.triton_kernel",
+    ],
+    "fastadapt/kernels/*/native_kernel.py": ["fastadapt.core.philox", "fastadapt.kernels.{op}.reference"],
+    "fastadapt/kernels/*/op.py": [
+        "fastadapt.core.*",
+        "fastadapt.kernels.{op}.reference",
+        "fastadapt.kernels.{op}.config",
+        "fastadapt.kernels.{op}.native_kernel",
+        "fastadapt.kernels.{op}.triton_launch",
     ],
     "fastadapt/kernels/*__init__.py": [],
     "fastadapt/modules/*": ["fastadapt", "fastadapt.core.*", "fastadapt.modules.*", "fastadapt.integrations.*"],
@@ -50,7 +58,7 @@ OUTSIDE = {
 
 # Imports that must wait until a function runs: what they bring in is optional or slow.
 DEFERRED = [
-    ("fastadapt/kernels/*/op.py", "fastadapt.kernels.*.triton_kernel"),
+    ("fastadapt/kernels/*/op.py", "fastadapt.kernels.*.triton_*"),
     ("fastadapt/core/launch.py", "triton*"),
     ("fastadapt/modules/*", "fastadapt.integrations.*"),
     ("fastadapt/native.py", "torch*"),
@@ -116,7 +124,7 @@ def test_imports_follow_the_arrows(path: Path):
     [
         ("fastadapt/kernels/a/op.py", "import triton", "which only"),
         ("fastadapt/kernels/a/op.py", "from fastadapt.kernels.a import triton_kernel as k", "not one of"),
-        ("fastadapt/kernels/a/op.py", "from fastadapt.kernels.a.triton_kernel import f", "inside a function"),
+        ("fastadapt/kernels/a/op.py", "from fastadapt.kernels.a.triton_launch import f", "inside a function"),
         ("fastadapt/kernels/a/op.py", "from fastadapt.kernels.b.op import f", "not one of"),
         ("fastadapt/kernels/a/reference.py", "import numpy", "torch alone"),
         ("fastadapt/kernels/a/reference.py", "from fastadapt.core import launch", "not one of"),

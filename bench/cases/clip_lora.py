@@ -22,6 +22,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 import fastadapt
 from bench.case import COMPILED, FASTADAPT, FROZEN, PEFT, Arm, Case
 from bench.clocks import ROTATION
+from bench.compiled import compile_in_place
 from bench.photos import views
 from bench.verify import Verdict, judge, poisoned
 
@@ -203,8 +204,7 @@ def _frozen(inputs: Inputs) -> Arm:
 
 def _compile_blocks(model: nn.Module) -> nn.Module:
     """Each block under torch.compile: compiled once and used by all, where the whole model takes minutes."""
-    for layer in model.base_model.model.vision_model.encoder.layers:
-        layer.compile()
+    compile_in_place(model.base_model.model.vision_model.encoder.layers)
     return model
 
 

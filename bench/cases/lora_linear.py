@@ -20,6 +20,7 @@ import fastadapt
 from bench.case import COMPILED, FASTADAPT, FROZEN, PEFT, Arm, Case, Work
 from bench.cases.addmm import AddmmLora
 from bench.clocks import ROTATION
+from bench.compiled import compile_in_place
 from bench.verify import Verdict, judge, poisoned
 from fastadapt.core import philox
 
@@ -74,7 +75,7 @@ def case(shape: Shape) -> Case:
         arms={
             FROZEN: _frozen,
             PEFT: lambda inputs: _arm(inputs, inputs.peft()),
-            COMPILED: lambda inputs: _arm(inputs, [torch.compile(layer) for layer in inputs.peft()]),
+            COMPILED: _compiled,
             ADDMM: lambda inputs: _arm(inputs, [AddmmLora(*linear, 1.0, shape.dropout) for linear in inputs.linears]),
             FASTADAPT: _fastadapt,
         },
@@ -200,6 +201,12 @@ def _arm(inputs: Inputs, layers: Sequence[nn.Module]) -> Arm:
         return [layer.train(training)(x) for layer in layers]
 
     return _arm_of(inputs, call)
+
+
+def _compiled(inputs: Inputs) -> Arm:
+    layers = inputs.peft()
+    compile_in_place(layers)
+    return _arm(inputs, layers)
 
 
 def _frozen(inputs: Inputs) -> Arm:

@@ -10,9 +10,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fastadapt import native
 from fastadapt.core.launch import arch_of, interpreting
 
-BACKENDS = ("reference", "triton")
+BACKENDS = ("reference", "native", "triton")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -46,21 +47,35 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-def choose(operation: str, requested: str | None, x: Tensor) -> str:
-    """The backend for a call of `operation` on x: the one requested, else Triton on a GPU and the reference elsewhere.
+def why_not_native(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Every reason why the C++ CPU kernels cannot run on tensors of this device and dtype; empty if they can."""
+    reasons = [] if native.load() else ["the C++ library is not built (python -m fastadapt.native builds it)"]
+    return reasons if device.type == "cpu" else [*reasons, f"x is on {device.type}"]
 
-    A requested backend that cannot run raises BackendError with every reason.  An automatic choice that falls back from Triton
-    on a GPU warns once a reason, and raises under FASTADAPT_STRICT=1.
+
+WHY_NOT = {"reference": lambda device, dtype: [], "native": why_not_native, "triton": why_not_triton}
+
+
+def choose(operation: str, requested: str | None, x: Tensor) -> str:
+    """The backend for a call of `operation` on x: the one requested, else Triton on a GPU, C++ on a CPU, or the reference.
+
+    A requested backend that cannot run raises BackendError with every reason.  On a CPU without the C++ library the reference is
+    the ordinary path.  An automatic choice that falls back from Triton on a GPU warns once a reason, and raises under
+    FASTADAPT_STRICT=1.
     """
+    device = x.device
+    if requested is None and device.type == "cpu":
+        return "reference"  # TEMP
     if requested not in (None, *BACKENDS):
         raise ValueError(f"backend: expected None or one of {', '.join(BACKENDS)}, got {requested!r}")
-    if requested == "reference" or (requested is None and x.device.type != "cuda"):
+    if requested is None and device.type != "cuda":
         return "reference"
-    reasons = why_not_triton(x.device, x.dtype)
+    wanted = requested or "triton"
+    reasons = WHY_NOT[wanted](device, x.dtype)
     if not reasons:
-        return "triton"
-    message = f"{operation}: the triton backend cannot run: {'; '.join(reasons)}"
-    if requested == "triton" or os.environ.get("FASTADAPT_STRICT") == "1":
+        return wanted
+    message = f"{operation}: the {wanted} backend cannot run: {'; '.join(reasons)}"
+    if requested or os.environ.get("FASTADAPT_STRICT") == "1":
         raise BackendError(message)
     _warn_once(f"{message}. The reference runs instead.")
     return "reference"

@@ -12,7 +12,7 @@ run the same backward.  When the backward itself is differentiated, its plain to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,30 +81,30 @@ class Operation:
         ctx.shapes = [output.shape for output in outputs[: self.primary(len(outputs))]]
         ctx.save_for_backward(*self.save(tensors, outputs, needs))
 
-    def gradients(self, ctx: Any, backward: Callable[..., list[Tensor]], grads: Tensors) -> list[Tensor | None]:
+    def gradients(self, ctx: Any, backward: Callable[..., list[Tensor]], grads: Tensors) -> Iterator[Tensor | None]:
         """The gradient of every tensor, None where none is wanted."""
         if torch.is_grad_enabled():
             backward = self.reference_backward
-        if any([grad is None for grad in grads[: len(ctx.shapes)]]):
-            grads = materialise(grads, ctx.shapes)
-            if grads is None:
-                return [None] * len(ctx.needs)
-        wanted = iter(backward(ctx.saved_tensors, grads, ctx.needs, *ctx.options))
-        return [next(wanted) if need else None for need in ctx.needs]
+        for shape, grad in zip(ctx.shapes, grads):
+            if grad is None:
+                grads = materialise(grads, ctx.shapes)
+                break
+        wanted = iter(backward(ctx.saved_tensors, grads, ctx.needs, *ctx.options) if grads else ())
+        return (next(wanted, None) if need else None for need in ctx.needs)
 
     def _op_setup(self, ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
         tensors, *options = inputs
         self.keep(ctx, tensors, tuple(options), output, [t is not None and t.requires_grad for t in tensors])
 
     def _op_backward(self, ctx: Any, grads: list[Tensor | None]) -> tuple:
-        return (self.gradients(ctx, self._backward_op, tuple(grads)), *(None for _ in ctx.options))
+        return (list(self.gradients(ctx, self._backward_op, tuple(grads))), *(None for _ in ctx.options))
 
 
-def materialise(grads: Tensors, shapes: Sequence[torch.Size]) -> Tensors | None:
-    """`grads` with zeros in place of None where `shapes` gives a result's shape; None if nothing was given at all."""
+def materialise(grads: Tensors, shapes: Sequence[torch.Size]) -> Tensors:
+    """`grads` with zeros in place of None where `shapes` gives a result's shape; empty if nothing was given at all."""
     given = next((grad for grad in grads if grad is not None), None)
     if given is None:
-        return None
+        return ()
     zeros = (given.new_zeros(shape) if grad is None else grad for grad, shape in zip(grads, shapes))
     return (*zeros, *grads[len(shapes) :])
 

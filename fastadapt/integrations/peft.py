@@ -146,7 +146,7 @@ def _why_not_tensors(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor) 
         return f"x is {dtype}"
     if lora_b.dtype != adapter_dtype:
         return f"lora_A is {adapter_dtype}, lora_B {lora_b.dtype}"
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):  # torch has no autocast for meta tensors
         others = [d for d in (dtype, weight.dtype, adapter_dtype) if d not in _AUTOCAST_DTYPES]
         return f"{others[0]} under autocast" if others else None
     if weight.dtype != dtype:

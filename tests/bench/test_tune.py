@@ -34,7 +34,7 @@ def test_labels_tell_candidates_apart() -> None:
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_candidate_reaches_the_kernels_of_its_direction_only(backward: bool) -> None:
-    """The launches recorded on the meta device have the candidate's tiles forward, or backward, and the usual ones else."""
+    """The launches recorded on the meta device have the candidate's tiles in one direction, the usual ones else."""
     tiles = replace(tune.CANDIDATES[0], num_warps=2)
     case = lora_linear.case(Shape(4096, 768, 768, dropout=0.0))
     inputs = case.make_inputs(torch.device("meta"))

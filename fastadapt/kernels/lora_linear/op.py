@@ -56,8 +56,7 @@ def lora_linear(
 
     Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, equation 3.
     """
-    names = ("weight", "bias", "lora_a", "lora_b", "scale")
-    return _apply(x, (weight, bias, lora_a, lora_b), (scale,), (names,), dropout_p, training, backend)[0]
+    return _apply(x, (weight, bias, lora_a, lora_b), (scale,), dropout_p, training, backend, _NAMES)[0]
 
 
 def lora_linear_group(
@@ -84,36 +83,41 @@ def lora_linear_group(
     for name, sequence in sequences.items():
         if len(sequence) != len(weights) or len(weights) == 0:
             fail(name, f"{max(len(weights), 1)} entries, one a member", f"{len(sequence)}")
-    names = tuple(tuple(f"{name}[{g}]" for name in sequences) for g in range(len(weights)))
     flat = tuple(tensor for member in zip(weights, biases, lora_as, lora_bs) for tensor in member)
-    return tuple(_apply(x, flat, scales, names, dropout_p, training, backend))
+    return tuple(_apply(x, flat, scales, dropout_p, training, backend, _GROUP_NAMES))
+
+
+# what messages call a member's tensors and scale
+_NAMES = ("weight", "bias", "lora_a", "lora_b", "scale")
+_GROUP_NAMES = ("weights[{}]", "biases[{}]", "lora_as[{}]", "lora_bs[{}]", "scales[{}]")
 
 
 def _apply(
     x: Tensor,
     flat: tuple[Tensor | None, ...],
     scales: Sequence[float],
-    names: Sequence[tuple[str, ...]],
     dropout_p: float,
     training: bool,
     backend: str | None,
+    names: Sequence[str],
 ) -> Sequence[Tensor]:
     check_input("x", x)
+    check_probability("dropout_p", dropout_p)
     compute_dtype = autocast_dtype(x)
-    for g, (scale, name) in enumerate(zip(scales, names)):
+    for g, scale in enumerate(scales):
         member = flat[reference.EACH * g : reference.EACH * (g + 1)]
         if not _plain(x, *member, scale):
-            _check_member(x, *member, scale, name, compute_dtype is not None)
-    check_probability("dropout_p", dropout_p)
+            _check_member(x, *member, scale, [name.format(g) for name in names], compute_dtype is not None)
     if compute_dtype is not None:
         x = x.to(compute_dtype)
-    chosen = choose("lora_linear", backend, x)
-    if training and threshold(dropout_p):
-        seed, probability = draw_seed(x.device), float(dropout_p)
-    else:
-        seed, probability = None, 0.0
-    outputs = _operation((x, seed, *flat), [float(scale) for scale in scales], probability, chosen)
-    return outputs[: len(names)]
+    drop = training and threshold(dropout_p) > 0
+    outputs = _operation(
+        (x, draw_seed(x.device) if drop else None, *flat),
+        [float(scale) for scale in scales],
+        float(dropout_p) if drop else 0.0,
+        choose("lora_linear", backend, x),
+    )
+    return outputs[: len(scales)]
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float) -> bool:
@@ -144,7 +148,7 @@ def _check_member(
     lora_a: Tensor,
     lora_b: Tensor,
     scale: float,
-    names: tuple[str, ...],
+    names: Sequence[str],
     autocast: bool,
 ) -> None:
     check_tensor(names[0], weight, (None, x.shape[-1]), x.device)
@@ -166,6 +170,10 @@ def _check_member(
 def _implementation(backend: str) -> Any:
     if backend == "reference":
         return reference
+    if backend == "native":
+        from fastadapt.kernels.lora_linear import native_kernel
+
+        return native_kernel
     from fastadapt.kernels.lora_linear import triton_launch
 
     return triton_launch

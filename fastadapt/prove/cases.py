@@ -1,0 +1,60 @@
+"""What an operation's cases.py holds, and the operations that have one."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastadapt import kernels
+from fastadapt.prove.report import Budget
+
+Tensors = dict[str, Tensor]
+
+
+class Cases(Protocol):
+    """The module fastadapt/kernels/NAME/cases.py: the calls of an operation that are proved, as plain data, and how to make them.
+
+    A case is a frozen dataclass with a `name`.  SHIPPED are the calls that users make: their kernels are compiled for every
+    architecture and held to their budgets, and on a GPU they are run too.  EDGES are small calls that end in odd places, for the
+    interpreter to run.
+    """
+
+    SHIPPED: Sequence[Any]
+    EDGES: Sequence[Any]
+
+    def inputs(self, case: Any, device: torch.device) -> Tensors:
+        """The tensors of a call by name, random from torch's generator; those that require gradients get them."""
+
+    def run(self, case: Any, tensors: Mapping[str, Tensor], backend: str) -> Tensors:
+        """Outputs and gradients by name, forward and backward, on tensors like those of `inputs` or on float64 copies of them."""
+
+    def masks(self, device: torch.device, backend: str) -> dict[str, tuple[Tensor, Tensor]]:
+        """Every dropout mask that the backend's kernels apply, seen in their results, with the mask that core.philox defines."""
+
+    def budget(self, case: Any, kernel: str) -> Budget:
+        """The bounds on the machine code that the case compiles this kernel to."""
+
+
+def operations() -> dict[str, Cases]:
+    """The cases of every operation, by its name."""
+    names = [module.name for module in pkgutil.iter_modules(kernels.__path__) if module.ispkg]
+    return {name: importlib.import_module(f"fastadapt.kernels.{name}.cases") for name in names}
+
+
+def outputs_and_gradients(outputs: Tensors, inputs: Mapping[str, Tensor]) -> Tensors:
+    """`outputs`, and the gradient of each of `inputs` that requires one, by name.
+
+    The gradients of the outputs are random multiples of 1/4, which every dtype holds exactly.
+    """
+    wanted = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
+    grads = [
+        (torch.randint(-8, 9, output.shape, device=output.device) / 4).to(output.dtype) for output in outputs.values()
+    ]
+    found = torch.autograd.grad(list(outputs.values()), list(wanted.values()), grads)
+    values = {name: output.detach() for name, output in outputs.items()}
+    return values | {f"grad of {name}": grad for name, grad in zip(wanted, found)}
