@@ -66,7 +66,7 @@ gpu-test:
 	$(PART) -m pytest tests 2>&1 | tee $(OUT)/tests.txt
 
 gpu-verify:
-	$(PART) -m fastadapt.cli verify 2>&1 | tee $(OUT)/verify.txt
+	$(PART) -m fastadapt.cli verify --json $(OUT)/verify.json 2>&1 | tee $(OUT)/verify.txt
 
 gpu-bench:
 	$(PART) -m bench --out $(OUT)/bench

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
@@ -23,14 +24,12 @@ def measure(device: torch.device) -> dict[str, float]:
     found = {"copy_bytes_per_s": 2 * size / _best(lambda: target.copy_(source), device)}
     for dtype in _DTYPES[device.type]:
         a, b = (torch.randn(edge, edge, device=device, dtype=dtype) for _ in range(2))
-        out = torch.empty_like(a)
-        found[f"{str(dtype).removeprefix('torch.')}_flops_per_s"] = (
-            2 * edge**3 / _best(lambda: torch.mm(a, b, out=out), device)
-        )
+        seconds = _best(partial(torch.mm, a, b, out=torch.empty_like(a)), device)
+        found[f"{str(dtype).removeprefix('torch.')}_flops_per_s"] = 2 * edge**3 / seconds
     return found
 
 
-def roofline(flops: float, bytes_min: float, dtype: torch.dtype, ceilings: dict[str, float]) -> float:
+def roofline(flops: float, bytes_min: float, dtype: torch.dtype, ceilings: Mapping[str, float]) -> float:
     """Seconds below which no implementation gets: the larger of arithmetic and traffic at the measured ceilings."""
     rate = ceilings[f"{str(dtype).removeprefix('torch.')}_flops_per_s"]
     return max(flops / rate, bytes_min / ceilings["copy_bytes_per_s"])

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,19 +16,21 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench import ceilings, compiled, counters, report, run, terminal
+from bench import ceilings, compiled, counters, report
 from bench.case import COMPILED, Case
 from bench.cases import clip_lora, model_cases, operation_cases
 from bench.clocks import CLOCKS
 from bench.provenance import collect
 from bench.rows import Recorder, Row
+from bench.run import SEED, Session, Tick
+from bench.terminal import Bar
 
-SEED = 0
 COUNTED = (("bfloat16", 32), ("bfloat16", 32, "gelu"))  # the cases whose bytes and launches are counted, on any machine
-SECONDS = {"cpu": 75.0, "cuda": 5.0}  # of timing for each phase and clock of a training step
+SECONDS = {"cpu": 60.0, "cuda": 5.0}  # of timing for each phase and clock of a training step
 OPERATION_SECONDS = {"cpu": 4.0, "cuda": 0.7}
 COMPILE_BUDGET = 120.0
-STATIC_BUDGET = 150.0
+STATIC_BUDGET = 120.0
+STATIC_ARCHS = (90, 80, 100, 89, 120)  # compute capabilities, the first ones first should time run out
 
 
 def main(out: Path, console: Console) -> list[Row]:
@@ -35,40 +38,32 @@ def main(out: Path, console: Console) -> list[Row]:
     device = _device()
     config = {"job": "main", "seconds": SECONDS, "counted": COUNTED, "architecture": clip_lora.ARCHITECTURE}
     record = recorder(out, device, config)
-    with terminal.Bar(console) as bar, tempfile.TemporaryDirectory() as scratch:
+    with Bar(console) as bar, tempfile.TemporaryDirectory() as scratch:
+        with bar.stage("measure this machine's ceilings", 0.02):
+            session = _session(device, record, bar)
         with bar.stage("count launches and kept bytes", 0.03):
             for setting in COUNTED:
-                run.count(clip_lora.case(*setting), record, bar)
-        with bar.stage("compile the kernels for every architecture and read their machine code", 0.15):
-            _static_table(Path(scratch), record)
-        with bar.stage("measure this machine's ceilings", 0.02):
-            limits = _ceilings(device, record)
+                session.count(clip_lora.case(*setting))
         with bar.stage("measure host time", 0.02):
             _host_time(record)
+        with bar.stage("compile the kernels for every architecture, read their machine code", 0.15):
+            _static_table(Path(scratch), record, bar)
         cases = model_cases(device.type)
         for case in cases.values():
-            _training_step(case, device, 0.77 / len(cases), record, limits, Path(scratch), bar)
+            _training_step(case, device, session, bar, 0.77 / len(cases), Path(scratch))
         with bar.stage("draw the report", 0.01):
             return report.write(out)
 
 
-def _training_step(
-    case: Case,
-    device: torch.device,
-    share: float,
-    record: Recorder,
-    limits: dict[str, float],
-    scratch: Path,
-    bar: terminal.Bar,
-) -> None:
+def _training_step(case: Case, device: torch.device, session: Session, bar: Bar, share: float, scratch: Path) -> None:
     inputs = case.make_inputs(device)
-    with bar.stage(f"{case.name}: prove outputs and gradients against float64", 0.2 * share):
-        arms = run.prepare(case, [arm for arm in case.arms if arm != COMPILED], inputs, record, tick=bar)
-    with bar.stage(f"{case.name}: torch.compile PEFT, in a process of its own first", 0.3 * share):
-        skip = _try_compiling(case, device, scratch, record)
-        arms |= run.prepare(case, [COMPILED], inputs, record, skip, bar)
+    with bar.stage(f"{case.name}: prove outputs and gradients", 0.2 * share):
+        arms = session.prepare(case, [arm for arm in case.arms if arm != COMPILED], inputs)
+    with bar.stage(f"{case.name}: torch.compile PEFT", 0.3 * share):
+        skip = _try_compiling(case, device, scratch, session.record)
+        arms |= session.prepare(case, [COMPILED], inputs, skip)
     with bar.stage(f"{case.name}: time the training step", 0.5 * share):
-        run.measure(case, arms, CLOCKS[device.type], SECONDS[device.type], record, limits, SEED, bar)
+        session.measure(case, arms, SECONDS[device.type])
 
 
 def operations(out: Path, names: Sequence[str], console: Console) -> list[Row]:
@@ -78,23 +73,18 @@ def operations(out: Path, names: Sequence[str], console: Console) -> list[Row]:
     if unknown := [name for name in names if name not in cases]:
         raise ValueError("case: expected some of\n  " + "\n  ".join(cases) + f"\ngot {', '.join(unknown)}")
     chosen = [cases[name] for name in names] or list(cases.values())
-    record = recorder(
-        out, device, {"job": "operations", "seconds": OPERATION_SECONDS, "cases": [case.params for case in chosen]}
-    )
-    with terminal.Bar(console) as bar:
-        with bar.stage("measure the machine's ceilings", 0.04):
-            limits = _ceilings(device, record)
+    config = {"job": "operations", "seconds": OPERATION_SECONDS, "cases": [case.params for case in chosen]}
+    record = recorder(out, device, config)
+    with Bar(console) as bar:
+        with bar.stage("measure this machine's ceilings", 0.04):
+            session = _session(device, record, bar)
         for case in chosen:
             with bar.stage(case.name, 0.95 / len(chosen)):
-                _operation(case, device, record, limits, bar)
+                session.count(case)
+                arms = session.prepare(case, list(case.arms), case.make_inputs(device))
+                session.measure(case, arms, OPERATION_SECONDS[device.type])
         with bar.stage("draw the report", 0.01):
             return report.write(out)
-
-
-def _operation(case: Case, device: torch.device, record: Recorder, limits: dict[str, float], bar: terminal.Bar) -> None:
-    run.count(case, record)
-    arms = run.prepare(case, case.arms, case.make_inputs(device), record, tick=bar)
-    run.measure(case, arms, CLOCKS[device.type], OPERATION_SECONDS[device.type], record, limits, SEED, bar)
 
 
 def _device() -> torch.device:
@@ -107,10 +97,10 @@ def recorder(out: Path, device: torch.device, config: dict[str, Any]) -> Recorde
     return Recorder(out / "rows.jsonl", run_name, collect(device, SEED, config))
 
 
-def _ceilings(device: torch.device, record: Recorder) -> dict[str, float]:
+def _session(device: torch.device, record: Recorder, tick: Tick) -> Session:
     limits = ceilings.measure(device)
     record("ceiling", "machine", "", values=limits)
-    return limits
+    return Session(record, CLOCKS[device.type], limits, tick)
 
 
 def _host_time(record: Recorder) -> None:
@@ -128,18 +118,26 @@ def _try_compiling(case: Case, device: torch.device, scratch: Path, record: Reco
     return {COMPILED: reason} if reason else {}
 
 
-def _static_table(scratch: Path, record: Recorder) -> None:
-    """Kernels compile only in a process whose Triton does not interpret, so the table comes from one."""
-    path = scratch / "static.json"
-    command = [sys.executable, "-m", "fastadapt.prove.static", "--json", str(path)]
-    try:
-        environment = os.environ | {"TRITON_INTERPRET": "0"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=STATIC_BUDGET)
-        reason = "" if path.exists() else (done.stderr.strip().splitlines() or ["it wrote no table and no message"])[-1]
-    except subprocess.TimeoutExpired:
-        reason = f"not finished within {STATIC_BUDGET:.0f} s"
-    if reason:
-        record("static", "kernels", "", status="failed", reason=f"python -m fastadapt.prove.static: {reason}")
-        return
-    for line in json.loads(path.read_text()):
-        record("static", "kernels", "", values=line)
+def _static_table(scratch: Path, record: Recorder, tick: Tick) -> None:
+    """Rows of machine code, one architecture after another until the budget is used up.
+
+    Kernels compile only where Triton does not interpret, so each comes from a process of its own.
+    """
+    end = time.perf_counter() + STATIC_BUDGET
+    for i, arch in enumerate(STATIC_ARCHS):
+        tick(f"sm_{arch}", i / len(STATIC_ARCHS))
+        path = scratch / f"sm_{arch}.json"
+        command = [sys.executable, "-m", "fastadapt.prove.static", "--arch", str(arch), "--json", str(path)]
+        environment, left = os.environ | {"TRITON_INTERPRET": "0"}, max(0.0, end - time.perf_counter())
+        try:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=left)
+        except subprocess.TimeoutExpired:
+            reason = f"not within the {STATIC_BUDGET:.0f} s that all have; {' '.join(command[1:5])} makes it"
+            record("static", f"sm_{arch}", "", status="skipped", reason=reason)
+            continue
+        if path.exists():  # written whether or not a budget is broken
+            for line in json.loads(path.read_text()):
+                record("static", f"sm_{arch}", "", values=line)
+        else:
+            reason = (done.stderr.strip().splitlines() or ["it wrote no table and no message"])[-1]
+            record("static", f"sm_{arch}", "", status="failed", reason=f"{' '.join(command[1:5])}: {reason}")

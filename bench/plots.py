@@ -121,20 +121,20 @@ def overheads(found: Sequence[Group]) -> str:
     """One line for each case: what every arm adds to the frozen linear, in per cent."""
     shown = [group for group in found if FROZEN in group.rows]
     figure, (axes,) = _figure(len(shown))
+    largest = 1.0
     for y, group in enumerate(shown):
         axes.axhline(y, color="#e4e7eb", linewidth=1)
-        for arm in group.rows:
-            if arm not in (FROZEN, AGAIN):
-                over = group.ratio(arm, FROZEN)
-                low, high, value = (100 * (number - 1) for number in (over.low, over.high, over.value))
-                axes.plot([low, high], [y, y], color=COLOURS[arm], linewidth=2, solid_capstyle="butt")
-                axes.plot([value], [y], "o", color=COLOURS[arm], markersize=6, label=arm if y == 0 else None)
-    axes.set_xlim(left=min(0, axes.get_xlim()[0]))
+        for arm in [arm for arm in group.rows if arm not in (FROZEN, AGAIN)]:
+            over = group.ratio(arm, FROZEN)
+            low, high, value = (100 * (number - 1) for number in (over.low, over.high, over.value))
+            axes.plot([low, high], [y, y], color=COLOURS[arm], linewidth=2, solid_capstyle="butt")
+            axes.plot([value], [y], "o", color=COLOURS[arm], markersize=6, label=arm if y == 0 else None)
+            largest = max(largest, value)
+    axes.set_xlim(min(0, axes.get_xlim()[0]), 1.1 * largest)  # an interval may reach further; the medians do not
     axes.set_xlabel("per cent over the frozen linear")
     axes.set_yticks(range(len(shown)), [group.case.removeprefix("lora_linear ") for group in shown])
-    axes.legend(
-        frameon=False, ncols=len(ORDER), loc="lower left", bbox_to_anchor=(0, 1), handletextpad=0.2, columnspacing=1
-    )
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "handletextpad": 0.2, "columnspacing": 1}
+    axes.legend(frameon=False, ncols=len(ORDER), **place)
     axes.invert_yaxis()
     return _svg(figure)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,161 +22,130 @@ from bench.meta import as_on_cuda
 from bench.rows import Recorder, Row
 from bench.stats import summary
 
+SEED = 0
 WARM_UP = 2
 MIN_ROUNDS, MAX_ROUNDS = 5, 60
 
 Tick = Callable[[str, float], None]  # told what is about to happen, and what part of the whole is done
 
 
-def ignore(what: str, done: float) -> None:
+def _ignore(what: str, done: float) -> None:
     """A Tick that tells nobody."""
 
 
-def prepare(
-    case: Case, names: Iterable[str], inputs: Any, record: Recorder, skip: Mapping[str, str] = {}, tick: Tick = ignore
-) -> dict[str, Arm]:
-    """The arms of these names that can be built and are right; a row for every one, right or not.
+@dataclass(frozen=True)
+class Session:
+    """One run on one machine.
 
-    skip: arms that cannot run, and why.
+    record: where rows go; clocks: a Sampler's maker by name; ceilings: as measured in this run; tick: told how it goes.
     """
-    arms = {}
-    names = list(names)
-    for i, name in enumerate(names):
-        if name in skip:
-            record("verify", case.name, name, status="skipped", reason=skip[name], params=case.params)
-            continue
-        tick(f"verifying {name}", i / len(names))
-        if (arm := _verified(case, name, inputs, record)) is not None:
-            arms[name] = arm
-    return arms
 
+    record: Recorder
+    clocks: Mapping[str, Callable[[Step], Sampler]]
+    ceilings: Mapping[str, float]
+    tick: Tick = _ignore
 
-def measure(
-    case: Case,
-    arms: Mapping[str, Arm],
-    clocks: Mapping[str, Callable[[Step], Sampler]],
-    seconds: float,
-    record: Recorder,
-    ceilings: dict[str, float],
-    seed: int = 0,
-    tick: Tick = ignore,
-) -> list[Row]:
-    """Time arms that `prepare` let through: a row for each, with every phase and clock.  fastadapt is sampled twice.
+    def count(self, case: Case) -> None:
+        """Record kernel launches and bytes kept for the backward, on the GPU if there is one, else on meta."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "meta")
+        if device.type == "meta" and case.autocast:
+            reason = "without a GPU launches and bytes are counted on the meta device, which has no autocast"
+            self.record("launches", case.name, "", params=case.params, status="skipped", reason=reason)
+            return
+        inputs = case.make_inputs(device)
+        names = [name for name in case.arms if name != COMPILED]  # what Inductor fuses and keeps shows only on a device
+        for i, name in enumerate(names):
+            self.tick(f"counting {name}", i / len(names))
+            try:
+                saved, launches = _count(case.arms[name], inputs)
+            except Exception as error:  # the row says so and the other arms go on
+                self.record("launches", case.name, name, params=case.params, **_failure(error))
+                continue
+            self.record("saved", case.name, name, params=case.params, values={"saved_bytes": saved})
+            self.record("launches", case.name, name, params=case.params, values=launches)
 
-    seconds: for each phase and clock, though at least MIN_ROUNDS rounds are taken.
-    """
-    if FASTADAPT in arms:
-        arms = {**arms, AGAIN: arms[FASTADAPT]}
-    if torch.cuda.is_available():
-        _record_peaks(case, arms, record)
-    rows = []
-    cells = list(itertools.product(case.work, clocks.items()))
-    for i, (phase, (clock, prepare_sampler)) in enumerate(cells):
+    def prepare(
+        self, case: Case, names: Sequence[str], inputs: Any, skip: Mapping[str, str] | None = None
+    ) -> dict[str, Arm]:
+        """The arms of these names that can be built and are right; a row for every one, right or not.
 
-        def told(what: str, done: float, before: float = i) -> None:
-            tick(what, (before + done) / len(cells))
+        skip: arms that cannot run, and why.
+        """
+        arms = {}
+        for i, name in enumerate(names):
+            self.tick(f"verifying {name}", i / len(names))
+            if skip and name in skip:
+                self.record("verify", case.name, name, status="skipped", reason=skip[name], params=case.params)
+            elif (arm := self._verified(case, name, inputs)) is not None:
+                arms[name] = arm
+        return arms
 
-        samplers = _warm(case, arms, phase, clock, prepare_sampler, record, told)
-        read = nvml.sensor()
-        before = read()
-        samples = interleave(
-            samplers, seconds, np.random.default_rng(seed), partial(told, f"timing the {phase}, {clock} clock")
-        )
-        device = nvml.around(before, read())
-        for name, taken in samples.items():
-            values = _values(case, name, phase, taken, ceilings)
-            fields = {"params": case.params, "clock": clock, "phase": phase, "values": values, "device": device}
-            rows.append(record("time", case.name, name, samples=taken, **fields))
-    return rows
+    def measure(self, case: Case, arms: Mapping[str, Arm], seconds: float) -> list[Row]:
+        """Time arms that `prepare` let through: a row for each, phase and clock.  fastadapt is sampled as two arms.
 
+        seconds: for each phase and clock, though at least MIN_ROUNDS rounds are taken.
+        """
+        if FASTADAPT in arms:
+            arms = {**arms, AGAIN: arms[FASTADAPT]}
+        if torch.cuda.is_available():
+            self._record_peaks(case, arms)
+        rows = []
+        for phase, clock in itertools.product(case.work, self.clocks):
+            samplers = self._warm(case, arms, phase, clock)
+            read = nvml.sensor()
+            before = read()
+            tell = partial(self.tick, f"timing the {phase}, {clock} clock")
+            samples = interleave(samplers, seconds, np.random.default_rng(SEED), tell)
+            device = nvml.around(before, read())
+            for name, taken in samples.items():
+                fields = {"params": case.params, "clock": clock, "phase": phase, "device": device}
+                values = self._values(case, name, phase, taken)
+                rows.append(self.record("time", case.name, name, values=values, samples=taken, **fields))
+        return rows
 
-def count(case: Case, record: Recorder, tick: Tick = ignore) -> None:
-    """Kernel launches and bytes kept for the backward: of the GPU if there is one, else of the meta device."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "meta")
-    if device.type == "meta" and case.autocast:
-        reason = "without a GPU launches and bytes are counted on the meta device, which has no autocast"
-        record("launches", case.name, "", params=case.params, status="skipped", reason=reason)
-        return
-    inputs = case.make_inputs(device)
-    names = [name for name in case.arms if name != COMPILED]  # what Inductor fuses and keeps is decided on the device
-    for i, name in enumerate(names):
-        tick(f"counting {name}", i / len(names))
+    def _verified(self, case: Case, name: str, inputs: Any) -> Arm | None:
         try:
-            saved, launches = _count(case.arms[name], inputs)
-        except Exception as error:  # the row says so and the other arms go on
-            record("launches", case.name, name, params=case.params, **_failure(error))
-            continue
-        record("saved", case.name, name, params=case.params, values={"saved_bytes": saved})
-        record("launches", case.name, name, params=case.params, values=launches)
+            arm = case.arms[name](inputs)
+            verdicts = case.verify(name, arm, inputs)
+        except Exception as error:  # whatever it is, the row says so and the other arms go on
+            self.record("verify", case.name, name, params=case.params, **_failure(error))
+            return None
+        for against, verdict in verdicts.items():
+            outcome = {} if verdict.ok else {"status": "failed", "reason": verdict.reason}
+            fields = {"params": case.params, "phase": against, "values": verdict.values()}
+            self.record("verify", case.name, name, **fields, **outcome)
+        return arm if all(verdict.ok for verdict in verdicts.values()) else None
 
+    def _warm(self, case: Case, arms: Mapping[str, Arm], phase: str, clock: str) -> dict[str, Sampler]:
+        samplers = {}
+        for name, arm in arms.items():
+            self.tick(f"warming up {name}", 0.0)
+            try:
+                sampler = self.clocks[clock](arm.step(phase))
+                for _ in range(WARM_UP):
+                    sampler()
+                samplers[name] = sampler
+            except Exception as error:  # such as a step that a CUDA graph cannot capture: the row says so
+                self.record("time", case.name, name, params=case.params, clock=clock, phase=phase, **_failure(error))
+        return samplers
 
-def _count(build: Callable[[Any], Arm], inputs: Any) -> tuple[int, dict[str, Any]]:
-    with as_on_cuda() if inputs.device.type == "meta" else nullcontext():
-        arm = build(inputs)
-        saved = memory.saved_bytes(lambda: arm.forward(0), arm.constants)
-        with counting() as forward:
-            result = arm.forward(0)
-        with counting() as backward:
-            arm.backward(result)
-    both = forward.torch + backward.torch + forward.triton + backward.triton
-    return saved, {
-        "forward_count": forward.total,
-        "backward_count": backward.total,
-        "total_count": both.total(),
-        "triton_count": (forward.triton + backward.triton).total(),
-        "kernels": dict(both.most_common()),
-    }
+    def _values(self, case: Case, name: str, phase: str, samples: Sequence[float]) -> dict[str, Any]:
+        """A time row's numbers: the summary, and how near it is to what the machine's ceilings allow."""
+        found = summary(samples)
+        values = {"n_count": found.n, "median_s": found.median, "p20_s": found.p20, "p80_s": found.p80}
+        work = case.work[phase]
+        if work is not None and name != FROZEN:  # the frozen model does less than the case asks for
+            floor = roofline(work.flops, work.bytes_min, case.dtype, self.ceilings)
+            values |= {"flops": work.flops, "bytes_min": work.bytes_min, "floor_s": floor}
+            values |= {"roofline_ratio": floor / found.median}
+        return values
 
-
-def _verified(case: Case, name: str, inputs: Any, record: Recorder) -> Arm | None:
-    try:
-        arm = case.arms[name](inputs)
-        verdicts = case.verify(name, arm, inputs)
-    except Exception as error:  # whatever it is, the row says so and the other arms go on
-        record("verify", case.name, name, params=case.params, **_failure(error))
-        return None
-    for against, verdict in verdicts.items():
-        outcome = {"status": "ok"} if verdict.ok else {"status": "failed", "reason": verdict.reason}
-        record("verify", case.name, name, params=case.params, phase=against, values=verdict.values(), **outcome)
-    return arm if all(verdict.ok for verdict in verdicts.values()) else None
-
-
-def _warm(
-    case: Case,
-    arms: Mapping[str, Arm],
-    phase: str,
-    clock: str,
-    prepare_sampler: Callable[[Step], Sampler],
-    record: Recorder,
-    tick: Tick,
-) -> dict[str, Sampler]:
-    samplers = {}
-    for name, arm in arms.items():
-        tick(f"warming up {name}", 0.0)
-        try:
-            sampler = prepare_sampler(arm.step(phase))
-            for _ in range(WARM_UP):
-                sampler()
-            samplers[name] = sampler
-        except Exception as error:  # such as a step that a CUDA graph cannot capture: the row says so
-            record("time", case.name, name, params=case.params, clock=clock, phase=phase, **_failure(error))
-    return samplers
-
-
-def _values(case: Case, name: str, phase: str, samples: Sequence[float], ceilings: dict[str, float]) -> dict[str, Any]:
-    """A time row's numbers: the summary, and how near it is to what the machine's ceilings allow."""
-    found = summary(samples)
-    values: dict[str, Any] = {"n_count": found.n, "median_s": found.median, "p20_s": found.p20, "p80_s": found.p80}
-    work = case.work[phase]
-    if work is not None and name != FROZEN:  # the frozen model does less than the case asks for
-        floor = roofline(work.flops, work.bytes_min, case.dtype, ceilings)
-        values |= {
-            "flops": work.flops,
-            "bytes_min": work.bytes_min,
-            "floor_s": floor,
-            "roofline_ratio": floor / found.median,
-        }
-    return values
+    def _record_peaks(self, case: Case, arms: Mapping[str, Arm]) -> None:
+        phase = list(case.work)[-1]
+        for name, arm in arms.items():
+            step = partial(arm.step(phase), 0)
+            step()  # what is allocated once, such as the optimizer's state, is no part of a step
+            self.record("saved", case.name, name, params=case.params, phase=phase, values=memory.peak_bytes(step))
 
 
 def interleave(
@@ -195,17 +165,22 @@ def interleave(
     return samples
 
 
-def _record_peaks(case: Case, arms: Mapping[str, Arm], record: Recorder) -> None:
-    phase = list(case.work)[-1]
-    for name, arm in arms.items():
-        step = arm.step(phase)
-        step(0)
-        record("saved", case.name, name, params=case.params, phase=phase, values=memory.peak_bytes(lambda: step(0)))
+def _count(build: Callable[[Any], Arm], inputs: Any) -> tuple[int, dict[str, Any]]:
+    """Bytes kept, and the values of a launches row."""
+    with as_on_cuda() if inputs.device.type == "meta" else nullcontext():
+        arm = build(inputs)
+        saved = memory.saved_bytes(lambda: arm.forward(0), arm.constants)
+        with counting() as forward:
+            result = arm.forward(0)
+        with counting() as backward:
+            arm.backward(result)
+    triton = forward.triton + backward.triton
+    both = forward.torch + backward.torch + triton
+    counts = {"forward": forward.total, "backward": backward.total, "total": both.total(), "triton": triton.total()}
+    return saved, {f"{part}_count": count for part, count in counts.items()} | {"kernels": dict(both.most_common())}
 
 
 def _failure(error: Exception) -> dict[str, str]:
     out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return {
-        "status": "oom" if out_of_memory else "failed",
-        "reason": f"{type(error).__name__}: {str(error).splitlines()[0]}",
-    }
+    first_line = (str(error).splitlines() or ["no message"])[0]
+    return {"status": "oom" if out_of_memory else "failed", "reason": f"{type(error).__name__}: {first_line}"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from bench import plots
 from bench.case import AGAIN, COMPILED, FASTADAPT, FROZEN, PEFT
@@ -196,18 +197,13 @@ def _counts(rows: Sequence[Row]) -> str:
 
 def not_won(rows: Sequence[Row]) -> str:
     compared = comparisons(rows)
-    lost = [comparison for comparison in compared if comparison.verdict != "<"]
-    text = f"Of {len(compared)} comparisons in this run fastadapt wins {len(compared) - len(lost)}. "
-    text += (
-        "These it does not:"
-        if lost
-        else "There is none that it does not win."
-        if compared
-        else "Nothing could be compared."
-    )
-    lines = [[loss.rival, loss.what, loss.case, Cell(_ratio(loss.ratio, verdict=loss.verdict))] for loss in lost]
+    lost = [comparison for comparison in compared if comparison.verdict == ">"]
+    tied = [comparison for comparison in compared if comparison.verdict == "≈"]
+    text = f"Of {len(compared)} comparisons in this run fastadapt wins {len(compared) - len(lost) - len(tied)}, "
+    text += f"{len(tied)} are too close to call or equal (≈), and it loses {len(lost)}."
     parts = [heading("Where fastadapt does not win"), paragraph(text)]
-    if lost:
+    if lost or tied:
+        lines = [[one.rival, one.what, one.case, Cell(_ratio(one.ratio, verdict=one.verdict))] for one in lost + tied]
         parts.append(table(["against", "what", "case", "fastadapt's / its"], lines))
     over = {
         f"{group.case}, {group.phase}, {group.clock} clock": group.ratio(FASTADAPT, FROZEN) for group in groups(rows)
@@ -236,25 +232,50 @@ def static(rows: Sequence[Row]) -> str:
     if not found:
         return ""
     text = (
-        "Compiled in this run for each architecture, without a GPU, and read from the machine code. Spills and "
-        "local memory should be 0; a load of 16 bytes a thread is the widest; sm_90 multiplies matrices with wgmma."
+        "Compiled in this run for each architecture, without a GPU, and read from the machine code: the worst of every "
+        "kernel's variants. Registers a thread, shared memory a block, blocks that a multiprocessor holds, the matrix "
+        "instruction; sm_90 should multiply with wgmma, and nothing should spill."
     )
-    parts = [heading("The kernels' machine code"), paragraph(text)]
-    for arch in dict.fromkeys(values.get("sm", "") for values in found):
-        chosen = [
-            {name: text for name, text in values.items() if name != "sm"}
-            for values in found
-            if values.get("sm", "") == arch
+    archs, kernels = (sorted({values[name] for values in found}) for name in ("sm", "kernel"))
+    lines: list[list[object]] = []
+    for kernel in kernels:
+        variants = [
+            [values for values in found if (values["kernel"], values["sm"]) == (kernel, arch)] for arch in archs
         ]
-        parts.append(
-            folded(f"sm_{arch}: {len(chosen)} kernels", table(list(chosen[0]), [_kernel(values) for values in chosen]))
-        )
+        lines.append([kernel, *map(_machine_code, variants)])
+    broken = [values["violations"] for values in found if values["violations"]]
+    verdict = "Broken budgets: " + "; ".join(broken) if broken else f"All {len(found)} variants keep their budgets."
+    parts = [
+        heading("The kernels' machine code"),
+        paragraph(text),
+        table(["kernel", *(f"sm_{arch}" for arch in archs)], lines),
+    ]
+    parts.append(paragraph(verdict))
+    for arch in archs:
+        chosen = [values for values in found if values["sm"] == arch]
+        columns = [name for name in chosen[0] if name not in ("sm", "violations")]
+        detail = table(columns, [[Cell(values[name]) for name in columns] for values in chosen])
+        parts.append(folded(f"sm_{arch}: all {len(chosen)} variants", detail))
     return "".join(parts)
 
 
-def _kernel(values: dict[str, str]) -> list[Cell | str]:
-    spilled = {name for name in ("spills", "local") if values.get(name, "0").strip("0/")}
-    return [Cell(text, "failed") if name in spilled else text for name, text in values.items()]
+def _machine_code(variants: Sequence[dict[str, Any]]) -> Cell:
+    """The worst of a kernel's variants on one architecture."""
+    if not variants:
+        return Cell("-")
+    regs, shared, spills = (max(values[name] for values in variants) for name in ("regs", "shared", "spills"))
+    blocks, cores = (
+        min(values["blocks/SM"] for values in variants),
+        {values["tensor core"] for values in variants} - {None},
+    )
+    parts = [
+        f"{regs} regs",
+        f"{shared / 1024:.0f} KiB",
+        f"{blocks}/SM",
+        *sorted(cores),
+        *([f"{spills} spills"] if spills else []),
+    ]
+    return Cell(", ".join(parts), "failed" if any(values["violations"] for values in variants) else "")
 
 
 ALL = (proof, training_step, kept_bytes, launches, host_time, operations, not_won, missing, static)

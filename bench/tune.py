@@ -18,13 +18,12 @@ from unittest import mock
 import torch
 from rich.console import Console
 
-from bench import run
 from bench.case import FASTADAPT, Arm, Case
 from bench.cases import DINO, VIT, lora_linear
 from bench.cases.lora_linear import Shape
 from bench.clocks import gpu_warm
-from bench.job import SEED, recorder
-from bench.rows import Recorder
+from bench.job import recorder
+from bench.run import Session
 from bench.terminal import Bar
 from fastadapt.core.launch import gpu_name
 from fastadapt.kernels.lora_linear import config
@@ -57,10 +56,10 @@ def write(out: Path, console: Console) -> Path:
     record = recorder(out, device, {"job": "tune", "candidates": CANDIDATES, "shapes": SHAPES})
     entries: list[tuple[Problem, Tiles]] = []
     with Bar(console) as bar:
+        session = Session(record, {"gpu warm": gpu_warm}, {}, bar)
         for shape, backward in product(SHAPES, (False, True)):
-            label = f"{shape.name}, {'input gradient' if backward else 'forward'}"
-            with bar.stage(label, 0.5 / len(SHAPES)):
-                entries += _tune(lora_linear.case(shape), backward, device, record, bar)
+            with bar.stage(f"{shape.name}, {'input gradient' if backward else 'forward'}", 0.5 / len(SHAPES)):
+                entries += _tune(lora_linear.case(shape), backward, device, session)
     table = config.write_table(gpu_name(device), entries)
     return Path(shutil.copy(table, out))
 
@@ -70,7 +69,7 @@ def label(tiles: Tiles) -> str:
     return f"{tiles.rows}x{tiles.columns}x{tiles.depth}, {tiles.num_warps} warps, {tiles.num_stages} stages"
 
 
-def _tune(case: Case, backward: bool, device: torch.device, record: Recorder, bar: Bar) -> list[tuple[Problem, Tiles]]:
+def _tune(case: Case, backward: bool, device: torch.device, session: Session) -> list[tuple[Problem, Tiles]]:
     """The fastest candidate for one direction of a case; nothing where the algorithm chosen for it has no tiles."""
     problems: set[Problem] = set()
 
@@ -83,9 +82,8 @@ def _tune(case: Case, backward: bool, device: torch.device, record: Recorder, ba
         verify=lambda name, arm, inputs: case.verify(FASTADAPT, arm, inputs),
         work={"forward+backward" if backward else "forward": None},
     )
-    arms = run.prepare(candidates, candidates.arms, case.make_inputs(device), record, tick=bar)
-    rows = run.measure(candidates, arms, {"gpu warm": gpu_warm}, SECONDS, record, {}, SEED, bar)
-    medians = {row.arm: row.values["median_s"] for row in rows}
+    arms = session.prepare(candidates, list(candidates.arms), case.make_inputs(device))
+    medians = {row.arm: row.values["median_s"] for row in session.measure(candidates, arms, SECONDS)}
     return [(problem, fastest(medians)) for problem in problems] if medians else []
 
 

@@ -9,6 +9,8 @@
 #include <array>
 #include <limits>
 
+#include "dropout.h"
+#include "matrix.h"
 #include "philox.h"
 
 // Two versions of a function, one chosen at load: AVX-512 measured 1.6 times as fast as SSE2, AVX2 no faster.
@@ -23,8 +25,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-constexpr int64_t kGrain = 32768;  // elements for a thread at the least, as in ATen
 
 // What decides the mask, as the operators' arguments give it.
 struct Mask {
@@ -59,14 +59,6 @@ FASTADAPT_CPU_VERSIONS void mask_row(const Bits* x, Bits* y, int64_t cols, int64
   }
 }
 
-template <class F>
-void for_each_row(int64_t rows, int64_t cols, const F& body) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cols));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) body(row);
-  });
-}
-
 template <class Bits>
 void mask_rows(const Tensor& x, Tensor& y, Mask mask) {
   const int64_t cols = x.size(1), stride = x.stride(0);
@@ -75,12 +67,14 @@ void mask_rows(const Tensor& x, Tensor& y, Mask mask) {
   for_each_row(x.size(0), cols, [=](int64_t row) { mask_row(from + row * stride, to + row * cols, cols, row, mask); });
 }
 
+}  // namespace
+
 Tensor masked(const Tensor& input, const Tensor& seed, int64_t threshold, int64_t member) {
   STD_TORCH_CHECK(input.dim() == 2, "x: expected 2 dimensions (rows, cols), got ", input.dim());
   const Mask mask = make_mask(seed, threshold, member);
   // rows may lie anywhere; the elements of one row must be adjacent
   const Tensor x = input.stride(1) == 1 ? input : torch::stable::contiguous(input);
-  Tensor y = torch::stable::new_empty(x, std::array{x.size(0), x.size(1)});
+  Tensor y = empty(x.size(0), x.size(1), x);
   switch (x.scalar_type()) {
     case ScalarType::Double:
       mask_rows<uint64_t>(x, y, mask);
@@ -98,6 +92,8 @@ Tensor masked(const Tensor& input, const Tensor& seed, int64_t threshold, int64_
   }
   return y;
 }
+
+namespace {
 
 Tensor keep_mask(const Tensor& seed, int64_t rows, int64_t cols, int64_t threshold, int64_t member) {
   STD_TORCH_CHECK(rows >= 0, "rows: expected 0 or more, got ", rows);

@@ -4,4 +4,8 @@
 STABLE_TORCH_LIBRARY(fastadapt_native, m) {
   m.def("masked(Tensor x, Tensor seed, int threshold, int member) -> Tensor");
   m.def("keep_mask(Tensor seed, int rows, int cols, int threshold, int member) -> Tensor");
+  m.def("lora_linear(Tensor?[] tensors, float[] scales, int threshold) -> Tensor[]");
+  m.def(
+      "lora_linear_backward(Tensor?[] saved, Tensor?[] grads, bool[] needs, float[] scales, int threshold)"
+      " -> Tensor[]");
 }

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "lora_linear": "fastadapt.kernels.lora_linear.op",
     "lora_linear_group": "fastadapt.kernels.lora_linear.op",
+    "lora_linear_path": "fastadapt.kernels.lora_linear.op",
     "LoraLinear": "fastadapt.modules.lora",
     "PhiloxDropout": "fastadapt.modules.lora",
     "fuse": "fastadapt.modules.inject",

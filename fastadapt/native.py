@@ -1,12 +1,15 @@
-"""The C++ library: building it (`python -m fastadapt.native`) and loading it.  Importing or loading never compiles.
+"""The C++ libraries: building them (`python -m fastadapt.native`) and loading them.  Importing or loading never compiles.
 
-The sources in csrc/ use LibTorch's stable ABI: one library serves every torch >= 2.11 and every Python.  Its file name
-carries a hash of the sources and the compiler's arguments: one built from other sources is never loaded by mistake.
+The kernels in csrc/ use LibTorch's stable ABI: one library serves every torch >= 2.11 and every Python.  csrc/*_autograd.cpp makes
+them differentiable without Python in between; autograd has no stable ABI, so that library fits the torch it was built with, and
+where it is missing Python's autograd.Function does the same.  A file name carries a hash of the sources, the compiler's arguments
+and, for the second, torch's version: a library built from something else is never loaded by mistake.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -14,6 +17,7 @@ import shlex
 import subprocess
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,25 +25,33 @@ PACKAGE = Path(__file__).parent
 # an installed package carries the sources inside it, a checkout beside it
 SOURCES = next(folder for folder in (PACKAGE / "_csrc", PACKAGE.parent / "csrc") if folder.is_dir())
 OLDEST_TORCH = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11
-FLAGS = [*"-std=c++20 -O3 -fPIC -shared -fvisibility=hidden -fopenmp-simd".split(), OLDEST_TORCH]
-LIBRARIES = "-Wl,--no-as-needed -ltorch -ltorch_cpu -lc10".split()
+COMMON_FLAGS = "-std=c++20 -fPIC -shared -fvisibility=hidden".split()
+LINKED = "-Wl,--no-as-needed -ltorch -ltorch_cpu -lc10".split()
+FLAGS = {"kernels": ["-O3", "-fopenmp-simd", OLDEST_TORCH], "autograd": ["-O2"]}
 
 
 @dataclass(frozen=True)
 class Status:
-    """Whether the library is loaded, from where, and if it is not, why."""
+    """Whether the kernels are loaded, from where, and if they are not, why; autograd: whether its library is loaded too."""
 
     loaded: bool
     path: Path | None
     reason: str
+    autograd: bool = False
 
 
-def library_name() -> str:
-    """File name of the library these sources give on this kind of machine."""
-    digest = hashlib.sha256(" ".join([platform.machine(), *FLAGS, *LIBRARIES]).encode())
-    for source in sorted(SOURCES.glob("*.[ch]*")):
+def sources(kind: str) -> list[Path]:
+    """The files that a library ("kernels" or "autograd") is compiled from."""
+    return sorted(path for path in SOURCES.glob("*.cpp") if path.stem.endswith("_autograd") == (kind == "autograd"))
+
+
+def library_name(kind: str = "kernels") -> str:
+    """File name of the library that these sources give on this kind of machine."""
+    fits = importlib.metadata.version("torch") if kind == "autograd" else ""
+    digest = hashlib.sha256(" ".join([platform.machine(), fits, *COMMON_FLAGS, *FLAGS[kind], *LINKED]).encode())
+    for source in [*sources(kind), *sorted(SOURCES.glob("*.h"))]:
         digest.update(source.name.encode() + source.read_bytes())
-    return f"fastadapt-{digest.hexdigest()[:16]}.so"
+    return f"fastadapt-{kind}-{digest.hexdigest()[:16]}.so"
 
 
 def cache_folder() -> Path:
@@ -48,25 +60,31 @@ def cache_folder() -> Path:
     return Path(os.environ.get("FASTADAPT_CACHE") or Path(user_cache) / "fastadapt")
 
 
-def build(folder: Path | None = None) -> Path:
-    """Compile csrc/ into `folder` (default: the cache folder) with $CXX (default: g++) and return the library's path.
+def build(folder: Path | None = None) -> list[Path]:
+    """Compile csrc/ into `folder` (default: the cache folder) with $CXX (default: g++) and return the libraries' paths.
 
-    The library appears under its name in one step, so concurrent builds and loads do not disturb each other.
-    Raises RuntimeError with the compiler's message if it cannot be built.
+    A library appears under its name in one step, so concurrent builds and loads do not disturb each other.
+    Raises RuntimeError with the compiler's message if one cannot be built.
     """
     torch_spec = importlib.util.find_spec("torch")  # found, not imported: that would take seconds
     if torch_spec is None or not torch_spec.submodule_search_locations:
-        raise RuntimeError("torch is not installed here: its headers are needed to build fastadapt's C++ library")
+        raise RuntimeError("torch is not installed here: its headers are needed to build fastadapt's C++ libraries")
     torch_folder = Path(torch_spec.submodule_search_locations[0])
-    compiler = shlex.split(os.environ.get("CXX", "g++"))
     folder = folder or cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    library = folder / library_name()
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda kind: _compile(kind, folder, torch_folder), FLAGS))
+
+
+def _compile(kind: str, folder: Path, torch_folder: Path) -> Path:
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    library = folder / library_name(kind)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         unfinished = Path(scratch) / library.name
         command = [
-            *compiler, *FLAGS, "-isystem", str(torch_folder / "include"), *map(str, sorted(SOURCES.glob("*.cpp"))),
-            "-o", str(unfinished), f"-L{torch_folder / 'lib'}", *LIBRARIES,
+            *compiler, *COMMON_FLAGS, *FLAGS[kind], "-isystem", str(torch_folder / "include"),
+            "-isystem", str(torch_folder / "include/torch/csrc/api/include"), *map(str, sources(kind)),
+            "-o", str(unfinished), f"-L{torch_folder / 'lib'}", *LINKED,
         ]  # fmt: skip
         try:
             subprocess.run(command, check=True, capture_output=True, text=True)
@@ -97,18 +115,31 @@ def status() -> Status:
     return _status
 
 
+def differentiable() -> bool:
+    """Whether the kernels are differentiable without Python's autograd.Function."""
+    return status().autograd
+
+
 def _find_and_load() -> Status:
     import torch
 
-    built = [path for path in (PACKAGE / library_name(), cache_folder() / library_name()) if path.exists()]
-    if not built:
+    kernels = _built("kernels")
+    if kernels is None:
         return Status(False, None, "not built: `python -m fastadapt.native` builds it with a C++ compiler")
     try:
-        torch.ops.load_library(built[0])
+        torch.ops.load_library(kernels)
     except OSError as error:
-        return Status(False, built[0], f"built, but this torch ({torch.__version__}) cannot load it: {error}")
+        return Status(False, kernels, f"built, but this torch ({torch.__version__}) cannot load it: {error}")
     _register_fakes()
-    return Status(True, built[0], "")
+    autograd = _built("autograd")
+    if autograd is not None:
+        torch.ops.load_library(autograd)
+    return Status(True, kernels, "", autograd is not None)
+
+
+def _built(kind: str) -> Path | None:
+    name = library_name(kind)
+    return next((path for path in (PACKAGE / name, cache_folder() / name) if path.exists()), None)
 
 
 def _register_fakes() -> None:
@@ -124,4 +155,4 @@ def _register_fakes() -> None:
 
 
 if __name__ == "__main__":
-    print(build())
+    print(*build(), sep="\n")

@@ -33,15 +33,22 @@ INSIDE = {
     "fastadapt/kernels/*/native_kernel.py": ["fastadapt.core.philox", "fastadapt.kernels.{op}.reference"],
     "fastadapt/kernels/*/op.py": [
         "fastadapt.core.*",
+        "fastadapt.native",
         "fastadapt.kernels.{op}.reference",
         "fastadapt.kernels.{op}.config",
         "fastadapt.kernels.{op}.native_kernel",
         "fastadapt.kernels.{op}.triton_launch",
     ],
+    "fastadapt/kernels/*/cases.py": [
+        "fastadapt.core.*",
+        "fastadapt.kernels.{op}.op",
+        "fastadapt.prove.cases",
+        "fastadapt.prove.report",
+    ],
     "fastadapt/kernels/*__init__.py": [],
     "fastadapt/modules/*": ["fastadapt", "fastadapt.core.*", "fastadapt.modules.*", "fastadapt.integrations.*"],
     "fastadapt/integrations/*": ["fastadapt", "fastadapt.core.*", "fastadapt.modules.*"],
-    "fastadapt/prove/*": ["fastadapt", "fastadapt.*"],
+    "fastadapt/prove/*": ["fastadapt", "fastadapt.core.*", "fastadapt.prove.*", "fastadapt.kernels", "fastadapt.kernels.*.cases"],
     "fastadapt/cli.py": ["fastadapt", "fastadapt.*"],
 }
 
@@ -51,7 +58,7 @@ OUTSIDE = {
     "peft": ["fastadapt/integrations/peft.py"],
     "transformers": [],
     "typer": ["fastadapt/cli.py"],
-    "rich": ["fastadapt/cli.py"],
+    "rich": ["fastadapt/cli.py", "fastadapt/prove/*"],
     "bench": [],
     "tests": [],
 }
@@ -62,6 +69,7 @@ DEFERRED = [
     ("fastadapt/core/launch.py", "triton*"),
     ("fastadapt/modules/*", "fastadapt.integrations.*"),
     ("fastadapt/native.py", "torch*"),
+    ("fastadapt/cli.py", "fastadapt.prove*"),
 ]
 
 
@@ -131,7 +139,9 @@ def test_imports_follow_the_arrows(path: Path):
         ("fastadapt/core/launch.py", "import triton", "inside a function"),
         ("fastadapt/modules/a.py", "from fastadapt.kernels.lora_linear.reference import forward", "not one of"),
         ("fastadapt/modules/a.py", "def f():\n    import peft", "which only"),
+        ("fastadapt/kernels/a/cases.py", "from fastadapt.prove import static", "not one of"),
         ("fastadapt/prove/a.py", "from bench import rows", "which only"),
+        ("fastadapt/prove/a.py", "from fastadapt.kernels.a import config", "not one of"),
         ("fastadapt/core/a.py", "from . import launch", "relatively"),
         ("fastadapt/elsewhere/a.py", "", "no rule"),
     ],

@@ -30,9 +30,8 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 RANK, ALPHA, DROPOUT = 16, 16, 0.1
 TEMPERATURE, LEARNING_RATE = 0.1, 1e-4
 SEED = 0
-SLACK = (
-    1.2  # rounding errors grow through twelve blocks: those of two right answers differ by several per cent either way
-)
+# rounding errors grow through twelve blocks: those of two right answers differ by several per cent either way
+SLACK = 1.2
 ARCHITECTURE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 ARCHITECTURE |= {"patch_size": 16, "image_size": 224, "projection_dim": 512}
 
@@ -64,7 +63,7 @@ def case(precision: str, batch: int, activation: str = "quick_gelu") -> Case:
             "activation": activation,
             "optimizer": f"AdamW, lr {LEARNING_RATE}",
             **ARCHITECTURE,
-        },  # fmt: skip
+        },
         dtype=autocast or dtype,
         autocast=autocast is not None,
         make_inputs=lambda device: Inputs(device, dtype, autocast, batch, activation),

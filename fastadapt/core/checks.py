@@ -50,5 +50,5 @@ def check_probability(argument: str, value: Any) -> None:
 
 def check_number(argument: str, value: Any) -> None:
     """`value` is a finite real number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
         fail(argument, "a finite number", repr(value))

@@ -30,13 +30,13 @@ def pick(items, index, COUNT: tl.constexpr):
 def keep_tile(seed, rows, first_column, member, threshold, COLUMNS: tl.constexpr):
     """Dropout's mask (fastadapt.core.philox) of some rows and of COLUMNS columns from `first_column`, a multiple of 8, on.
 
-    seed: pointer to the int64 seed; rows: (ROWS,) row numbers.  Returns bool (ROWS, COLUMNS).  One Philox call serves eight
+    seed: the 64-bit seed's value; rows: (ROWS,) row numbers.  Returns bool (ROWS, COLUMNS).  One Philox call serves eight
     neighbouring columns, which the joins below put side by side in one thread's registers.
     """
     counter0 = rows.to(tl.uint32)[:, None] + tl.zeros((1, COLUMNS // 8), tl.uint32)
     counter1 = (first_column // 8 + tl.arange(0, COLUMNS // 8)).to(tl.uint32)[None, :] + tl.zeros_like(counter0)
     zero = tl.zeros_like(counter0)
-    w0, w1, w2, w3 = tl.philox(tl.load(seed), counter0, counter1, zero + member, zero)
+    w0, w1, w2, w3 = tl.philox(seed, counter0, counter1, zero + member, zero)
     low = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
     high = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
     pieces = tl.reshape(tl.join(low, high), (counter0.shape[0], COLUMNS))

@@ -49,6 +49,7 @@ class Operation:
     backward: Callable[..., list[Tensor]]
     reference_backward: Callable[..., list[Tensor]]
     backward_fake: Callable[..., list[Tensor]]
+    _op: Any = field(init=False, default=None)
     _backward_op: Any = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -63,15 +64,18 @@ class Operation:
         ):
             library.impl(self.name + suffix, function, "CompositeExplicitAutograd")
             torch.library.register_fake(name + suffix, fake, lib=library)
-        torch.library.register_autograd(name, self._op_backward, setup_context=self._op_setup, lib=library)
+        # not torch.library.register_autograd: it gives no gradient, silently, to a list of tensors with a None in it
+        library.impl(self.name, self._differentiable, "Autograd")
+        library.impl(f"{self.name}_backward", self._differentiable_backward, "Autograd")
+        object.__setattr__(self, "_op", getattr(torch.ops.fastadapt, self.name))
         object.__setattr__(self, "_backward_op", getattr(torch.ops.fastadapt, f"{self.name}_backward"))
 
     def __call__(self, tensors: Tensors, *options: Any) -> Sequence[Tensor]:
         """Run the operation, recording for autograd what it needs to."""
         if torch.compiler.is_compiling():
-            return getattr(torch.ops.fastadapt, self.name)(list(tensors), *options)
+            return self._op(list(tensors), *options)
         if torch.is_grad_enabled():
-            return _Eager.apply(self, options, *tensors)
+            return _Differentiable.apply(self, self.forward, self.backward, options, *tensors)
         return self.forward(tensors, *options)
 
     def keep(self, ctx: Any, tensors: Tensors, options: tuple, outputs: Sequence[Tensor], needs: Sequence[bool]) -> None:
@@ -92,12 +96,20 @@ class Operation:
         wanted = iter(backward(ctx.saved_tensors, grads, ctx.needs, *ctx.options) if grads else ())
         return (next(wanted, None) if need else None for need in ctx.needs)
 
-    def _op_setup(self, ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
-        tensors, *options = inputs
-        self.keep(ctx, tensors, tuple(options), output, [t is not None and t.requires_grad for t in tensors])
+    def _differentiable(self, tensors: list[Tensor | None], *options: Any) -> list[Tensor]:
+        """What torch.ops runs where autograd is listening."""
+        return list(_Differentiable.apply(self, self._below_autograd, self._backward_op, options, *tensors))
 
-    def _op_backward(self, ctx: Any, grads: list[Tensor | None]) -> tuple:
-        return (list(self.gradients(ctx, self._backward_op, tuple(grads))), *(None for _ in ctx.options))
+    def _differentiable_backward(self, *args: Any) -> list[Tensor]:
+        """What torch.ops runs of the backward where autograd is listening: the reference, if it is to be differentiated."""
+        if torch.is_grad_enabled():
+            return self.reference_backward(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._backward_op(*args)
+
+    def _below_autograd(self, tensors: Tensors, *options: Any) -> list[Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._op(list(tensors), *options)
 
 
 def materialise(grads: Tensors, shapes: Sequence[torch.Size]) -> Tensors:
@@ -109,14 +121,18 @@ def materialise(grads: Tensors, shapes: Sequence[torch.Size]) -> Tensors:
     return (*zeros, *grads[len(shapes) :])
 
 
-class _Eager(torch.autograd.Function):
+class _Differentiable(torch.autograd.Function):
+    """One call: in eager mode of the plain functions, under torch.compile of the ops that are opaque to it."""
+
     @staticmethod
-    def forward(ctx: Any, operation: Operation, options: tuple, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        outputs = operation.forward(tensors, *options)
-        ctx.operation = operation
-        operation.keep(ctx, tensors, options, outputs, ctx.needs_input_grad[2:])
+    def forward(
+        ctx: Any, operation: Operation, forward: Callable, backward: Callable, options: tuple, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        outputs = forward(tensors, *options)
+        ctx.operation, ctx.backward = operation, backward
+        operation.keep(ctx, tensors, options, outputs, ctx.needs_input_grad[4:])
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None, None, *ctx.operation.gradients(ctx, ctx.operation.backward, grads))
+        return (None, None, None, None, *ctx.operation.gradients(ctx, ctx.backward, grads))

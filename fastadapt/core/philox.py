@@ -35,6 +35,10 @@ library.impl("draw_seed", lambda slot: _draw(slot.device), "CompositeExplicitAut
 torch.library.register_fake("fastadapt::draw_seed", torch.empty_like, lib=library)
 
 
+# whether the C++ kernels are there: a constant for torch.compile, which cannot trace the loading
+native_loaded = torch.compiler.assume_constant_result(native.load)
+
+
 def draw_seed(device: torch.device) -> Tensor:
     """Draw 64 random bits from torch's default generator of `device`, as an int64 tensor of shape (1,) on it.
 
@@ -48,8 +52,8 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def threshold(p: float) -> int:
-    """The 16-bit number below which an element is dropped: dropout probability in steps of 2^-16."""
-    return round(p * _RESOLUTION)
+    """The 16-bit number below which an element is dropped: dropout probability in steps of 2^-16, at most 1 - 2^-16."""
+    return min(round(p * _RESOLUTION), _RESOLUTION - 1)
 
 
 def inv_keep(p: float) -> float:
@@ -94,6 +98,6 @@ def keep_mask(seed: Tensor, rows: int, cols: int, p: float, member: int = 0) -> 
 def masked(x: Tensor, seed: Tensor, p: float, member: int = 0) -> Tensor:
     """x (rows, cols) with the dropped elements set to zero and the others as they are (not rescaled); differentiable."""
     differentiated = x.requires_grad and torch.is_grad_enabled()
-    if x.device.type == "cpu" and not differentiated and native.load():
+    if x.device.type == "cpu" and not differentiated and native_loaded():
         return torch.ops.fastadapt_native.masked(x, seed, threshold(p), member)
     return torch.where(keep_mask(seed, *x.shape, p, member), x, 0)

@@ -138,6 +138,13 @@ def _why_not_adapter(layer: Linear, adapter: str) -> str | None:
 
 
 def _why_not_tensors(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> str | None:
+    if (
+        type(x) is Tensor
+        and type(weight) is type(lora_a) is type(lora_b) is nn.Parameter
+        and x.dtype is weight.dtype is lora_a.dtype is lora_b.dtype
+        and x.dtype in FLOATS
+    ):
+        return None  # the common case, without the questions below
     for name, tensor in (("x", x), ("the weight", weight), ("lora_A", lora_a), ("lora_B", lora_b)):
         if type(tensor) not in _PLAIN_TENSORS:
             return f"{name} is a {type(tensor).__name__}"

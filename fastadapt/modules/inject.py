@@ -11,10 +11,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastadapt.core.backend import BackendError, choose, why_not_triton
+from fastadapt import lora_linear_path
+from fastadapt.core.backend import BackendError, autocast_dtype, why_not_triton
 from fastadapt.modules.lora import LoraLinear
 
 Model = TypeVar("Model", bound=nn.Module)
+
+EXAMPLE_ROWS = 32 * 197  # 32 images of 224 pixels through a ViT-B/16
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,8 @@ class Row:
     """One LoRA layer: where it is, what it is, and what a call of it runs.
 
     shape is (out_features, in_features); rank and dropout are the active adapter's, None where there is none.  path is
-    "PEFT", or "fastadapt" with the backend; reason says why it is that one, and is empty for a fused layer on the best
-    backend of its device.
+    "PEFT", or "fastadapt" with the backend and, on a GPU, the algorithm; reason says why it is that one, and is empty
+    for a fused layer on the best backend of its device.
     """
 
     name: str
@@ -109,7 +112,8 @@ def unfuse(model: Model) -> Model:
 def explain(model: nn.Module) -> Explanation:
     """List the model's LoRA layers, PEFT's and `fastadapt.LoraLinear`: the path that a call of each takes now, and why.
 
-    The call is supposed to have x on the weight's device and in its dtype, and the autocast that explain itself has.
+    The call is supposed to have x on the weight's device and in its dtype, the autocast that explain itself has, and
+    32 * 197 rows: the algorithm may change with their number.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
@@ -135,40 +139,48 @@ def _peft_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _own_row(name: str, layer: LoraLinear) -> Row:
-    path, reason = ("torch", "merged into the weight") if layer.merged else _path(_like(layer.weight))
+    dropout = layer.lora_dropout
+    if layer.merged:
+        path, reason = "torch", "merged into the weight"
+    else:
+        path, reason = _path(layer.weight, layer.r, dropout, layer.training)
     shape = (layer.out_features, layer.in_features)
-    return Row(name, type(layer).__name__, shape, layer.r, layer.lora_dropout, path, reason)
+    return Row(name, type(layer).__name__, shape, layer.r, dropout, path, reason)
 
 
 def _peft_row(name: str, layer: nn.Module) -> Row:
     from fastadapt.integrations import peft
 
     adapter = next((adapter for adapter in layer.active_adapters if adapter in layer.r), None)
+    rank = layer.r.get(adapter)
     dropout = getattr(layer.lora_dropout[adapter], "p", 0.0) if adapter in layer.lora_dropout else None
     path, reason = "PEFT", peft.why_never(layer)
     if reason is None:
-        like = _like(layer.base_layer.weight)
-        reason = peft.why_not(layer, like)
+        weight = layer.base_layer.weight
+        reason = peft.why_not(layer, _like(weight))
         if reason is None and not isinstance(layer, peft.FusedLinear):
             reason = "fastadapt.fuse(model) would fuse it"
         elif reason is None:
-            path, reason = _path(like)
+            path, reason = _path(weight, rank, dropout, layer.training)
     shape = (layer.out_features, layer.in_features)
-    return Row(name, type(layer).__name__, shape, layer.r.get(adapter), dropout, path, reason)
+    return Row(name, type(layer).__name__, shape, rank, dropout, path, reason)
 
 
 def _like(weight: Tensor) -> Tensor:
-    """The x that explain supposes: one row, of the weight's width, dtype and device."""
+    """The x that explain supposes, but for its number of rows."""
     return torch.empty(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
 
 
-def _path(like: Tensor) -> tuple[str, str]:
-    """What a call with x like this tensor runs, and why nothing faster."""
+def _path(weight: Tensor, rank: int, dropout: float, training: bool) -> tuple[str, str]:
+    """What a call with this weight runs, and why nothing faster."""
+    dtype, device = autocast_dtype(weight) or weight.dtype, weight.device
+    sizes = EXAMPLE_ROWS, weight.shape[1], weight.shape[0], rank
+    dropout_p = dropout if training else 0.0
     try:
-        backend = choose("lora_linear", None, like)
+        path = lora_linear_path(*sizes, dropout_p=dropout_p, dtype=dtype, weight_dtype=weight.dtype, device=device)
     except BackendError as error:
         return "none", str(error)
-    return f"fastadapt {backend}", "; ".join(why_not_triton(like.device, like.dtype)) if like.is_cuda else ""
+    return f"fastadapt {path}", "; ".join(why_not_triton(device, dtype)) if weight.is_cuda else ""
 
 
 def _cell(value: object) -> str:

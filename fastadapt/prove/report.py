@@ -1,4 +1,4 @@
-"""What a kernel's machine code costs: registers, spills, widths, occupancy; budgets on them, and the table of them.
+"""What a kernel's machine code costs: registers, spills, widths, occupancy; and budgets on them.
 
 `fastadapt.prove.static` makes the reports; this file needs neither Triton nor a GPU.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -174,27 +173,6 @@ class Budget:
             wanted = " or ".join(sorted(arch.tensor_core))
             broken.append(f"tensor-core instruction {report.tensor_core}, {wanted} wanted")
         return [f"{report.kernel} on sm_{report.arch}: {problem}" for problem in broken]
-
-
-def table(reports: Sequence[Report]) -> list[dict[str, str]]:
-    """One row per report, column title -> text, ready to print."""
-    return [
-        {
-            "kernel": report.kernel,
-            "sm": str(report.arch),
-            "warps": str(report.num_warps),
-            "regs": str(report.regs),
-            "spills": f"{report.spill_loads}/{report.spill_stores}",
-            "local": str(report.stack + report.local),
-            "shared": f"{report.shared / _KiB:.1f} KiB" + ("" if report.fits else " (too much)"),
-            "blocks/SM": str(report.blocks_per_sm),
-            "warps/SM": f"{report.warps_per_sm}/{ARCHS[report.arch].warps}",
-            "tensor core": report.tensor_core or "-",
-            "load": f"{report.load_bytes} B",
-            "store": f"{report.store_bytes} B",
-        }
-        for report in reports
-    ]
 
 
 def _width(mnemonic: str) -> int:

@@ -50,7 +50,10 @@ def folder(tmp_path: Path) -> Path:
     record("host", "host", "", params={"dropout": 0.0}, values={"frozen_us": 40, "peft_us": 120, "fastadapt_us": 50})
     record("compile", "a model", COMPILED, values={"compile_s": 60.0})
     record("ceiling", "machine", "", values={"copy_bytes_per_s": 2e10})
-    record("static", "kernels", "", values={"kernel": "forward_kernel", "regs": "128"})
+    for arch, regs, broken in ((80, 128, ""), (90, 255, "forward_kernel on sm_90: 8 spill instructions")):
+        code = {"kernel": "forward_kernel", "sm": arch, "regs": regs, "shared": 98304, "spills": 8 * bool(broken)}
+        code |= {"blocks/SM": 2, "tensor core": "mma", "violations": broken}
+        record("static", "kernels", "", values=code)
     return tmp_path
 
 
@@ -67,6 +70,7 @@ def section(page: str, heading: str) -> str:
 def test_losses_are_shown(page: str) -> None:
     """fastadapt is slower than the compiled arm here, and starts as many kernels as PEFT."""
     lost = section(page, "Where fastadapt does not win")
+    assert "wins 4, 1 are too close to call or equal (≈), and it loses 2" in lost
     assert re.search(r"torch\.compile\(PEFT\)</td><td[^>]*>training step, cpu clock</td>", lost)
     assert re.search(r"torch\.compile\(PEFT\)</td><td[^>]*>forward, cpu clock</td>", lost)
     assert "1.07" in lost
@@ -109,6 +113,13 @@ def test_every_section_is_there(page: str) -> None:
     ]
 
 
+def test_machine_code_is_laid_out_by_architecture(page: str) -> None:
+    code = section(page, "The kernels&#x27; machine code")
+    assert "<td>128 regs, 96 KiB, 2/SM, mma</td>" in code
+    assert "<td class=failed>255 regs, 96 KiB, 2/SM, mma, 8 spills</td>" in code
+    assert "Broken budgets: forward_kernel on sm_90" in code
+
+
 def test_compiling_is_weighed_against_what_it_gains(page: str) -> None:
     assert "took 60 s" in page
     assert "earned back after 100 steps" in page  # 60 s at 0.6 s a step
@@ -124,7 +135,7 @@ def test_a_page_of_nothing_but_a_failure(tmp_path: Path) -> None:
     report.write(tmp_path)
     page = (tmp_path / "index.html").read_text()
     assert "no memory" in page
-    assert "Nothing could be compared" in page
+    assert "Of 0 comparisons" in page
 
 
 def test_comparisons_never_mix_cases_or_clocks() -> None:

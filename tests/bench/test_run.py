@@ -59,8 +59,9 @@ CASE = Case(
 @pytest.fixture
 def rows(tmp_path: Path) -> list[Row]:
     record = Recorder(tmp_path / "rows.jsonl", "run", {})
-    arms = run.prepare(CASE, [*CASE.arms, "absent"], None, record, skip={"absent": "not installed"})
-    run.measure(CASE, arms, CLOCKS["cpu"], 0.01, record, CEILINGS)
+    session = run.Session(record, CLOCKS["cpu"], CEILINGS)
+    arms = session.prepare(CASE, [*CASE.arms, "absent"], None, skip={"absent": "not installed"})
+    session.measure(CASE, arms, seconds=0.01)
     return read(tmp_path / "rows.jsonl")
 
 

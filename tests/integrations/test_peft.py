@@ -9,16 +9,14 @@ import pathlib
 
 import pytest
 import torch
-from families import FAMILIES, batch, outputs, peft_model, step
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import Linear
 from torch import nn
 
 import fastadapt
 from fastadapt.integrations.peft import FusedLinear
-
-EXACT = {"rtol": 1e-10, "atol": 1e-10}  # float64
-SINGLE = {"rtol": 1e-4, "atol": 1e-4}
+from tests.integrations.families import FAMILIES, batch, outputs, peft_model, step
+from tests.tolerance import DEEP, EXACT
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -57,7 +55,7 @@ def test_outputs_and_gradients_equal_pefts(family, dropout, use_rslora):
 def test_single_precision_equals_pefts(family):
     model = peft_model(family, torch.float32)
     found = step(fused_copy(model), family, torch.float32)
-    torch.testing.assert_close(found, step(model, family, torch.float32), **SINGLE)
+    torch.testing.assert_close(found, step(model, family, torch.float32), **DEEP)
 
 
 @every_family

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 import fastadapt
-from fastadapt.core.backend import BackendError
+from fastadapt.core.backend import BackendError, choose
 from fastadapt.integrations.peft import FusedLinear, why_not
 from fastadapt.modules import inject
 
 WIDTH = 8
+BACKEND = choose("lora_linear", None, torch.empty(0))  # a CPU's, with or without the C++ library
 
 
 class Int8Linear(nn.Linear):
@@ -175,7 +177,7 @@ def test_one_active_adapter_is_served_whichever_it_is():
         fused.set_adapter(adapter)
         (row,) = fastadapt.explain(fused).rows
         seen.append((row.rank, row.path))
-    assert seen == [(2, "fastadapt reference"), (3, "fastadapt reference")]
+    assert seen == [(2, f"fastadapt {BACKEND}"), (3, f"fastadapt {BACKEND}")]
 
 
 def test_a_plain_adapter_beside_a_variant_is_worth_fusing():
@@ -226,7 +228,7 @@ def test_explanation_is_a_table_of_rows():
     )  # fmt: skip
     header, line, summary = str(fastadapt.explain(fastadapt.fuse(model))).splitlines()
     assert header.split() == ["name", "kind", "shape", "rank", "dropout", "path", "reason"]
-    assert line.split() == ["base_model.model.0", "FusedLinear", "8x8", "2", "0.1", "fastadapt", "reference"]
+    assert line.split() == ["base_model.model.0", "FusedLinear", "8x8", "2", "0.1", "fastadapt", BACKEND]
     assert summary == "1 of 1 LoRA layers run fused"
 
 
@@ -235,7 +237,7 @@ def test_explain_knows_the_librarys_own_module():
     model = nn.ModuleDict({"own": layer, "peft": linear()})
     rows = fastadapt.explain(model).rows
     assert [(row.kind, row.rank, row.path) for row in rows] == [
-        ("LoraLinear", 3, "fastadapt reference"),
+        ("LoraLinear", 3, f"fastadapt {BACKEND}"),
         ("Linear", 2, "PEFT"),
     ]
     layer.merge()
@@ -243,12 +245,21 @@ def test_explain_knows_the_librarys_own_module():
 
 
 def test_explain_shows_why_no_backend_can_run(monkeypatch):
-    def refuse(operation, requested, x):
-        raise BackendError(f"{operation}: no backend for {tuple(x.shape)}")
+    def refuse(*sizes, dropout_p, **where):
+        raise BackendError(f"no backend for {sizes} with dropout {dropout_p}")
 
-    monkeypatch.setattr(inject, "choose", refuse)
-    (row,) = fastadapt.explain(fastadapt.fuse(linear())).rows
-    assert (row.path, row.reason) == ("none", "lora_linear: no backend for (1, 8)")
+    monkeypatch.setattr(inject, "lora_linear_path", refuse)
+    (row,) = fastadapt.explain(fastadapt.fuse(linear(lora_dropout=0.1))).rows
+    assert (row.path, row.reason) == ("none", f"no backend for (6304, {WIDTH}, {WIDTH}, 2) with dropout 0.1")
+
+
+def test_explain_tells_the_algorithm_of_the_autocast_that_it_has(monkeypatch):
+    monkeypatch.setattr(inject, "lora_linear_path", partial(fastadapt.lora_linear_path, backend="triton"))
+    model = nn.ModuleDict({"own": fastadapt.LoraLinear(768, 768, lora_dropout=0.1, device="meta")})
+    assert fastadapt.explain(model).rows[0].path == "fastadapt triton, split"
+    assert fastadapt.explain(model.eval()).rows[0].path == "fastadapt triton, library"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fastadapt.explain(model).rows[0].path == "fastadapt triton, merge"
 
 
 def test_a_model_without_lora_is_refused_by_fuse_and_empty_to_explain():

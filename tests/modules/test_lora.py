@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from fastadapt import LoraLinear, PhiloxDropout
 from fastadapt.core import philox
+from tests.tolerance import EXACT
 
 K, N, R = 12, 7, 3
-EXACT = {"rtol": 1e-10, "atol": 1e-10}  # float64
 
 
 def make(dtype: torch.dtype = torch.float64, **lora) -> LoraLinear:

@@ -1,4 +1,4 @@
-"""What is derived from a kernel's machine code: occupancy, tensor-core kind, access widths, budgets, the table."""
+"""What is derived from a kernel's machine code: occupancy, tensor-core kind, access widths, budgets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from fastadapt.prove.report import Budget, Report, table
+from fastadapt.prove.report import Budget, Report
 
 PLAIN = Report("k", 90, num_warps=4, regs=32, stack=0, local=0, shared=0, tensor_memory=0, mix=Counter())
 
@@ -93,22 +93,3 @@ def test_budget_kept() -> None:
 )
 def test_budget_broken(budget: Budget, report: Report, violation: str) -> None:
     assert budget.violations(report) == [f"k on sm_{report.arch}: {violation}"]
-
-
-def test_table_row() -> None:
-    mix = Counter({"HGMMA.64x64x16": 1, "LDG.E.128": 2, "STG.E.U16": 1, "LDL": 1, "STL": 2})
-    (row,) = table([replace(PLAIN, regs=128, shared=229 * 1024, stack=8, mix=mix)])
-    assert row == {
-        "kernel": "k",
-        "sm": "90",
-        "warps": "4",
-        "regs": "128",
-        "spills": "1/2",
-        "local": "8",
-        "shared": "229.0 KiB (too much)",
-        "blocks/SM": "0",
-        "warps/SM": "0/64",
-        "tensor core": "wgmma",
-        "load": "16 B",
-        "store": "2 B",
-    }

@@ -1,4 +1,4 @@
-"""Which algorithm and which tiles serve a shape: pure functions of numbers, tested without a GPU.
+"""Which algorithm and which tiles serve a shape: functions of numbers, tested without a GPU.
 
 The costs compared here are a model of an H200 (4.3 TB/s, 790 TFLOP/s in 16 bits), not measurements; README.md has the predictions.
 """
@@ -12,11 +12,14 @@ from functools import lru_cache
 from math import log2
 from pathlib import Path
 
+import torch
+
+from fastadapt.core.launch import arch_of, gpu_name, processors
+
 BYTES_PER_SECOND = 4.3e12
 FLOPS_PER_SECOND = 790e12
 LAUNCH_SECONDS = 3e-6
 FUSED_RANKS = 64  # the widest low-rank accumulator kept beside the base product's
-TABLES = Path(__file__).parent / "tables"
 TABLES = Path(__file__).parent / "tables"
 HOPPER_AND_LATER = (90, 100, 103)  # the accumulator of wgmma and tcgen05 leaves room that mma's fragments take
 SMALL_SHARED_MEMORY = (86, 89, 120)  # compute capabilities with 99 KiB a block
@@ -44,6 +47,41 @@ class Problem:
     gpu: str = ""
     backward: bool = False
     members: int = 1
+
+
+def problem(
+    rows: int,
+    depth: int,
+    width: int,
+    rank: int,
+    dropout: bool,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    device: torch.device,
+    backward: bool = False,
+    members: int = 1,
+) -> Problem:
+    """The Problem of a call computed in `dtype` on this device, under torch's present float32_matmul_precision."""
+    return Problem(
+        rows=rows,
+        depth=depth,
+        width=width,
+        rank=rank,
+        dropout=dropout,
+        itemsize=dtype.itemsize,
+        weight_itemsize=weight_dtype.itemsize,
+        exact=dtype is torch.float32 and precision() == "ieee",
+        arch=arch_of(device),
+        processors=processors(device),
+        gpu=gpu_name(device),
+        backward=backward,
+        members=members,
+    )
+
+
+def precision() -> str:
+    """Triton's input_precision for float32, which torch's own setting governs; 16-bit operands ignore it."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 @dataclass(frozen=True)
@@ -107,14 +145,14 @@ COMMON = (
 )
 SMALL = ((Tiles(128, 128, 32, 8, 3), 0.9), *COMMON[1:])  # three stages of (128, 128, 64) exceed 99 KiB
 NARROW = ((Tiles(128, 64, 64, 8, 3), 0.7), COMMON[-1])  # a masked update or several members leave no registers for more
-ODD = ((Tiles(64, 32, 32, 4, 2), 0.4),)  # rows that are not 16-byte aligned are loaded an element at a time
+ODD = ((Tiles(64, 32, 32, 4, 2), 0.4),)  # rows are loaded an element at a time where 16 does not divide their stride
 
 
 def candidates(problem: Problem) -> tuple[tuple[Tiles, float], ...]:
     """The tiles that keep every value in registers and shared memory (tests/codegen proves it)."""
     if problem.itemsize == 4:
         return ((Tiles(64, 64, 32, 4, 2), 1.0),)
-    if problem.depth % 8 or problem.width % 8:
+    if problem.depth % 16 or problem.width % 16:  # what Triton tells apart of integer arguments
         return ODD
     masks_result = problem.dropout and problem.backward
     crowded = problem.backward and problem.members > 1

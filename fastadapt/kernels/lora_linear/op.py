@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite, prod
+from math import inf, prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastadapt import native
 from fastadapt.core.backend import autocast_dtype, choose
 from fastadapt.core.checks import FLOATS, check_dtype, check_input, check_number, check_probability, check_tensor, fail
 from fastadapt.core.operation import Operation, Tensors
 from fastadapt.core.philox import draw_seed, threshold
-from fastadapt.kernels.lora_linear import reference
+from fastadapt.kernels.lora_linear import config, reference
 
 
 def lora_linear(
@@ -92,6 +93,37 @@ _NAMES = ("weight", "bias", "lora_a", "lora_b", "scale")
 _GROUP_NAMES = ("weights[{}]", "biases[{}]", "lora_as[{}]", "lora_bs[{}]", "scales[{}]")
 
 
+def lora_linear_path(
+    rows: int,
+    in_features: int,
+    out_features: int,
+    rank: int,
+    *,
+    dropout_p: float,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    device: torch.device,
+    backend: str | None = None,
+) -> str:
+    """Say what a forward pass of `lora_linear` would run: the backend, and with Triton's the algorithm, as in "triton, fused".
+
+    Args:
+        rows: product of x's leading dimensions.
+        dtype: what is computed in: x's, under autocast autocast's.
+        weight_dtype: the weight's.
+        backend: as for `lora_linear`.
+
+    Raises:
+        BackendError: no such call can run.
+    """
+    chosen = choose("lora_linear", backend, torch.empty(0, dtype=dtype, device=device))
+    if chosen != "triton":
+        return chosen
+    dropout = threshold(dropout_p) > 0
+    problem = config.problem(rows, in_features, out_features, rank, dropout, dtype, weight_dtype, device)
+    return f"triton, {config.algorithm(problem)}"
+
+
 def _apply(
     x: Tensor,
     flat: tuple[Tensor | None, ...],
@@ -110,14 +142,14 @@ def _apply(
             _check_member(x, *member, scale, [name.format(g) for name in names], compute_dtype is not None)
     if compute_dtype is not None:
         x = x.to(compute_dtype)
-    drop = training and threshold(dropout_p) > 0
-    outputs = _operation(
-        (x, draw_seed(x.device) if drop else None, *flat),
-        [float(scale) for scale in scales],
-        float(dropout_p) if drop else 0.0,
-        choose("lora_linear", backend, x),
-    )
-    return outputs[: len(scales)]
+    chosen = choose("lora_linear", backend, x)
+    seed, probability = (draw_seed(x.device), float(dropout_p)) if training and threshold(dropout_p) else (None, 0.0)
+    tensors, numbers = (x, seed, *flat), [float(scale) for scale in scales]
+    if chosen == "native" and native.differentiable() and not torch.compiler.is_compiling():
+        outputs = _implementation(chosen).apply(tensors, numbers, probability)
+    else:
+        outputs = _operation(tensors, numbers, probability, chosen)
+    return outputs[: len(numbers)]
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float) -> bool:
@@ -135,7 +167,7 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_
             and rank > 0
             and x.dtype in FLOATS
             and type(scale) is float
-            and isfinite(scale)
+            and -inf < scale < inf  # math.isfinite cannot be traced where a compiler makes the scale symbolic
         )
     except (AttributeError, ValueError, TypeError, IndexError):
         return False

@@ -26,6 +26,7 @@ def accumulate(
 ):  # fmt: skip
     """acc + src @ weight if BASE and low + mask(src) @ factor if LOW, over `depth` in steps of DEPTH, in src's dtype."""
     steps = tl.arange(0, DEPTH)
+    src_depth = tl.cast(src_depth, tl.int64)
     src_tile = src + rows.to(tl.int64)[:, None] * src_row + steps[None, :] * src_depth
     weight_tile = weight + steps[:, None] * weight_depth + columns[None, :] * weight_column
     factor_tile = factor + steps[:, None] * factor_depth + ranks[None, :] * factor_rank
@@ -69,6 +70,7 @@ def forward_kernel(
     GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One (ROWS, COLUMNS) tile of y_g = x W_g^T + b_g + alpha_g s_g B_g^T; also s_g = mask(x) A_g^T if FUSED, else reads it."""
+    seed_bits = tl.load(seed) if DROPOUT else 0
     g = tl.program_id(1)
     width, rank = pick(widths, g, MEMBERS), pick(ranks, g, MEMBERS)
     row_tiles, column_tiles = tl.cdiv(rows, ROWS), tl.cdiv(width, COLUMNS)
@@ -82,7 +84,7 @@ def forward_kernel(
     acc, low = accumulate(
         tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, RANK), tl.float32), x, x_row, x_depth, row, row_ok,
         pick(weights, g, MEMBERS), 1, depth, column, column_ok, pick(downs, g, MEMBERS), 1, depth, r, r < rank, depth,
-        seed, g, threshold, True, FUSED, DROPOUT, EVEN, DEPTH, PRECISION,
+        seed_bits, g, threshold, True, FUSED, DROPOUT, EVEN, DEPTH, PRECISION,
     )  # fmt: skip
     product = pick(products, g, MEMBERS) + row.to(tl.int64)[:, None] * rank
     if FUSED:
@@ -109,6 +111,7 @@ def grad_input_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One (ROWS, COLUMNS) tile of dx = sum_g dy_g W_g + mask(alpha_g l_g A_g); also l_g = dy_g B_g if FUSED, else reads it."""
+    seed_bits = tl.load(seed) if DROPOUT else 0
     row_tiles, column_tiles = tl.cdiv(rows, ROWS), tl.cdiv(depth, COLUMNS)
     row_tile, column_tile = tile_of(tl.program_id(0), row_tiles, column_tiles, GROUP)
     row = row_tile * ROWS + tl.arange(0, ROWS)
@@ -120,7 +123,7 @@ def grad_input_kernel(
         rank = ranks[g]
         acc, low = accumulate(
             acc, tl.zeros((ROWS, RANK), tl.float32), grads[g], grad_rows[g], grad_columns[g], row, row_ok,
-            weights[g], depth, 1, column, column_ok, ups[g], rank, 1, r, r < rank, widths[g], seed, g, threshold,
+            weights[g], depth, 1, column, column_ok, ups[g], rank, 1, r, r < rank, widths[g], seed_bits, g, threshold,
             True, FUSED, False, EVEN, DEPTH, PRECISION,
         )  # fmt: skip
         product = lows[g] + row.to(tl.int64)[:, None] * rank
@@ -137,7 +140,7 @@ def grad_input_kernel(
                 target, low, downs[g], depth, 1, some, some < rank, column, column_ok, alphas[g], PRECISION
             )  # fmt: skip
         if DROPOUT:
-            kept = keep_tile(seed, row, column_tile * COLUMNS, g, threshold, COLUMNS)
+            kept = keep_tile(seed_bits, row, column_tile * COLUMNS, g, threshold, COLUMNS)
             acc += tl.where(kept, target, 0.0)
         else:
             acc = target
@@ -155,6 +158,7 @@ def project_kernel(
 
     Chunks of RANK ranks, then members, vary fastest: programs that run together read the same rows of a shared source.
     """
+    seed_bits = tl.load(seed) if DROPOUT else 0
     pid = tl.program_id(0)
     g = pid // CHUNKS % MEMBERS
     rank = pick(ranks, g, MEMBERS)
@@ -165,7 +169,7 @@ def project_kernel(
     _, low = accumulate(
         0.0, tl.zeros((ROWS, RANK), tl.float32), pick(sources, g, MEMBERS), pick(source_rows, g, MEMBERS),
         pick(source_depths, g, MEMBERS), row, row_ok, factor, 0, 0, r, rank_ok, factor, pick(factor_depths, g, MEMBERS),
-        pick(factor_ranks, g, MEMBERS), r, rank_ok, pick(depths, g, MEMBERS), seed, g, threshold, False, True, DROPOUT,
+        pick(factor_ranks, g, MEMBERS), r, rank_ok, pick(depths, g, MEMBERS), seed_bits, g, threshold, False, True, DROPOUT,
         EVEN, DEPTH, PRECISION,
     )  # fmt: skip
     product = pick(products, g, MEMBERS)
@@ -183,6 +187,7 @@ def factor_grads_kernel(
 
     The first MASKED jobs are the dA, stored (rank, width); a dB is stored transposed, as lora_b is, (width, rank).
     """
+    seed_bits = tl.load(seed) if DROPOUT else 0
     job, split = tl.program_id(1), tl.program_id(2)
     width, rank, owner = pick(widths, job, JOBS), pick(ranks, job, JOBS), pick(owners, job, JOBS)
     column_tiles = tl.cdiv(width, COLUMNS)
@@ -193,7 +198,7 @@ def factor_grads_kernel(
     r = tl.program_id(0) // column_tiles * RANK + tl.arange(0, RANK)
     rank_ok, column_ok = r < rank, column < width
     left = pick(lefts, job, JOBS) + r[:, None]
-    right = pick(rights, job, JOBS) + column[None, :] * pick(right_columns, job, JOBS)
+    right = pick(rights, job, JOBS) + column[None, :] * tl.cast(pick(right_columns, job, JOBS), tl.int64)
     right_row = pick(right_rows, job, JOBS)
     acc = tl.zeros((RANK, COLUMNS), tl.float32)
     end = tl.minimum((split + 1) * rows_each, rows)
@@ -204,7 +209,7 @@ def factor_grads_kernel(
         narrow = tl.load(left + far[None, :] * rank, mask=rank_ok[:, None] & row_ok[None, :], other=0.0)
         wide = tl.load(right + far[:, None] * right_row, mask=row_ok[:, None] & column_ok[None, :], other=0.0)
         if DROPOUT:
-            kept = keep_tile(seed, row, column0, owner, threshold, COLUMNS) | (job >= MASKED)
+            kept = keep_tile(seed_bits, row, column0, owner, threshold, COLUMNS) | (job >= MASKED)
             wide = tl.where(kept, wide, 0.0)
         acc = tl.dot(narrow, wide, acc, input_precision=PRECISION)
     is_down = job < MASKED

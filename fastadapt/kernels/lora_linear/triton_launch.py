@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastadapt.core import philox
-from fastadapt.core.launch import arch_of, gpu_name, launch, processors
+from fastadapt.core.launch import launch
 from fastadapt.kernels.lora_linear import config, reference
 from fastadapt.kernels.lora_linear import triton_kernel as kernels
 from fastadapt.kernels.lora_linear.config import Problem, Tiles
@@ -68,26 +68,10 @@ def call_of(flat: Sequence[Tensor | None], scales: Sequence[float], dropout_p: f
 def problem_of(call: Call, rows: int, device: torch.device, backward: bool) -> Problem:
     """The numbers the choice of algorithm depends on; the widest member stands for its group."""
     sizes = (max(call.widths), call.depth) if backward else (call.depth, max(call.widths))
-    return Problem(
-        rows=rows,
-        depth=sizes[0],
-        width=sizes[1],
-        rank=max(call.ranks),
-        dropout=call.dropout,
-        itemsize=call.dtype.itemsize,
-        weight_itemsize=max(weight.dtype.itemsize for weight in call.weights),
-        exact=call.dtype is torch.float32 and precision() == "ieee",
-        arch=arch_of(device),
-        processors=processors(device),
-        gpu=gpu_name(device),
-        backward=backward,
-        members=len(call.ranks),
+    weight_dtype = max((weight.dtype for weight in call.weights), key=lambda dtype: dtype.itemsize)
+    return config.problem(
+        rows, *sizes, max(call.ranks), call.dropout, call.dtype, weight_dtype, device, backward, members=len(call.ranks)
     )
-
-
-def precision() -> str:
-    """Triton's input_precision for float32, which torch's own setting governs; 16-bit operands ignore it."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def options(tiles: Tiles) -> dict[str, int]:
@@ -130,7 +114,7 @@ def launch_forward(
         rows.stride(1), call.threshold,
         device=rows.device, MEMBERS=len(call.weights), BIAS=call.biases is not None, DROPOUT=call.dropout, FUSED=fused,
         EVEN=call.depth % tiles.depth == 0, CHUNKS=-(-problem.rank // rank), RANK=rank, ROWS=tiles.rows,
-        COLUMNS=tiles.columns, DEPTH=tiles.depth, GROUP=BAND, PRECISION=precision(), **options(tiles),
+        COLUMNS=tiles.columns, DEPTH=tiles.depth, GROUP=BAND, PRECISION=config.precision(), **options(tiles),
     )  # fmt: skip
 
 
@@ -165,7 +149,7 @@ def project(
         tuple(rank for _, rank in strides), depths, call.ranks, problem.rows, call.threshold,
         device=sources[0].device, MEMBERS=len(sources), DROPOUT=dropout,
         EVEN=all(depth % tiles.depth == 0 for depth in depths), CHUNKS=chunks, RANK=tiles.columns, ROWS=tiles.rows,
-        DEPTH=tiles.depth, PRECISION=precision(), **options(tiles),
+        DEPTH=tiles.depth, PRECISION=config.precision(), **options(tiles),
     )  # fmt: skip
     return list(products)
 
@@ -239,7 +223,7 @@ def grad_input(call: Call, dys: Sequence[Tensor], problem: Problem, algorithm: s
         tuple(dy.stride(1) for dy in dys), call.threshold,
         device=dx.device, MEMBERS=len(dys), DROPOUT=call.dropout, FUSED=fused,
         EVEN=all(width % tiles.depth == 0 for width in call.widths), CHUNKS=-(-problem.rank // rank), RANK=rank,
-        ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, GROUP=BAND, PRECISION=precision(), **options(tiles),
+        ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, GROUP=BAND, PRECISION=config.precision(), **options(tiles),
     )  # fmt: skip
     return dx, lows
 
@@ -291,7 +275,7 @@ def launch_factor_grads(call: Call, problem: Problem, jobs: Sequence[Job], maske
         tuple(job.owner for job in jobs), tuple(job.right.stride(0) for job in jobs),
         tuple(job.right.stride(1) for job in jobs), offsets, partials.shape[1], problem.rows, rows_each, call.threshold,
         device=device, JOBS=len(jobs), MASKED=masked, DROPOUT=call.dropout and masked > 0, RANK=tiles.depth, ROWS=tiles.rows,
-        COLUMNS=tiles.columns, PRECISION=precision(), **options(tiles),
+        COLUMNS=tiles.columns, PRECISION=config.precision(), **options(tiles),
     )  # fmt: skip
     launch(
         kernels.sum_kernel, (-(-max(sizes) // SUM_BLOCK), len(jobs)),

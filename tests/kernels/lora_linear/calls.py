@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,8 +13,11 @@ from torch.nn import functional as F
 
 from fastadapt import lora_linear, lora_linear_group
 from fastadapt.core import philox
+from fastadapt.core.launch import interpreting
 
 SEED = 11
+DEVICE = torch.device("cpu" if interpreting() else "cuda")  # where this process runs Triton kernels
+randn = partial(torch.randn, device=DEVICE)
 
 
 class Member(NamedTuple):
@@ -51,6 +55,13 @@ class Call:
         members = tuple(Member(*map(moved, member)) for member in self.members)
         return replace(self, x=moved(self.x), members=members)
 
+    def with_tensors(self, *tensors: Tensor) -> Call:
+        """The same call on other tensors, given in the order of `self.tensors`."""
+        x, *flat = tensors
+        left = iter(flat)
+        members = tuple(Member(*(None if t is None else next(left) for t in member)) for member in self.members)
+        return replace(self, x=x, members=members)
+
     def requiring(self, *names: str) -> Call:
         """The same tensors, of which only those named require a gradient; a name without [g] means every member's."""
         for name, tensor in self.tensors.items():
@@ -61,6 +72,7 @@ class Call:
 TRAINED = ("x", "lora_a", "lora_b")
 EVERYTHING = ("x", "weight", "bias", "lora_a", "lora_b")
 BACKENDS = ("reference", "triton")
+FLOAT64_BACKENDS = ("reference",)
 
 
 def make(
@@ -74,15 +86,15 @@ def make(
     needs: Sequence[str] = TRAINED,
 ) -> Call:
     """A call with random tensors of unit-sized products; x is a tensor or its shape; biases says which members have one."""
-    x = x.detach() if isinstance(x, Tensor) else torch.randn(*x).to(dtype)
+    x = x.detach() if isinstance(x, Tensor) else randn(*x).to(dtype)
     depth = x.shape[-1]
 
     def member(width: int, rank: int, bias: bool) -> Member:
         return Member(
-            (torch.randn(width, depth) / max(depth, 1) ** 0.5).to(dtype),
-            torch.randn(width).to(dtype) if bias else None,
-            (torch.randn(rank, depth) / max(depth, 1) ** 0.5).to(adapter_dtype or dtype),
-            (torch.randn(width, rank) / rank**0.5).to(adapter_dtype or dtype),
+            (randn(width, depth) / max(depth, 1) ** 0.5).to(dtype),
+            randn(width).to(dtype) if bias else None,
+            (randn(rank, depth) / max(depth, 1) ** 0.5).to(adapter_dtype or dtype),
+            (randn(width, rank) / rank**0.5).to(adapter_dtype or dtype),
         )
 
     members = tuple(map(member, widths, ranks, biases or [True] * len(widths)))
@@ -90,30 +102,47 @@ def make(
     return Call(x, members, scales, dropout_p).requiring(*needs)
 
 
+LAYOUTS = {
+    "vector": lambda randn: randn(20),
+    "3-D": lambda randn: randn(3, 4, 20),
+    "4-D": lambda randn: randn(2, 3, 1, 20),
+    "transposed": lambda randn: randn(20, 12).t(),
+    "tokens first": lambda randn: randn(4, 3, 20).transpose(0, 1),
+    "sliced": lambda randn: randn(6, 5, 50)[::2, 1:, 3:43:2],
+    "expanded rows": lambda randn: randn(1, 20).expand(6, 20),
+    "expanded columns": lambda randn: randn(6, 1).expand(6, 20),
+    "no rows": lambda randn: randn(0, 20),
+    "no rows in 3-D": lambda randn: randn(3, 0, 20),
+}
+
+
+def laid_out(layout: str, dtype: torch.dtype = torch.float64) -> Tensor:
+    """A random tensor with 20 columns in one of LAYOUTS."""
+    # not cast afterwards: a cast would lay it out anew
+    return LAYOUTS[layout](partial(randn, dtype=dtype))
+
+
 Function = Callable[[Call], Sequence[Tensor]]
 
 
-def fused(backend: str | None = None, seed: int = SEED) -> Function:
-    """The operation, its masks drawn after torch.manual_seed(seed)."""
+def fused(backend: str | None = None) -> Function:
+    """The operation."""
 
     def function(call: Call) -> Sequence[Tensor]:
-        torch.manual_seed(seed)
+        options = {"dropout_p": call.dropout_p, "backend": backend}
         if len(call.members) == 1:
-            options = {"dropout_p": call.dropout_p, "backend": backend}
             return (lora_linear(call.x, *call.members[0], scale=call.scales[0], **options),)
-        fields = zip(*call.members)
-        return lora_linear_group(call.x, *fields, scales=call.scales, dropout_p=call.dropout_p, backend=backend)
+        return lora_linear_group(call.x, *zip(*call.members), scales=call.scales, **options)
 
     return function
 
 
 def composed(call: Call) -> Sequence[Tensor]:
-    """F.linear(x, W, b) + scale F.linear(F.linear(mask x / (1 - p), A), B) for each member, with the masks of `fused`.
+    """F.linear(x, W, b) + scale F.linear(F.linear(mask x / (1 - p), A), B) for each member, with the masks that `fused` draws.
 
     This is PEFT's expression.  Weights of another dtype than x are cast to x's first, as autocast would.
     """
     x, dtype = call.x, call.x.dtype
-    torch.manual_seed(SEED)
     seed = philox.draw_seed(x.device)
     outputs = []
     for g, member in enumerate(call.members):
@@ -124,24 +153,19 @@ def composed(call: Call) -> Sequence[Tensor]:
     return outputs
 
 
-def results(function: Function, call: Call, grads: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
-    """The outputs, and the gradient of every tensor that requires one for `grads` of the outputs (default: random ones)."""
+def results(
+    function: Function, call: Call, grads: Sequence[Tensor] | None = None, seed: int = SEED
+) -> dict[str, Tensor]:
+    """Outputs of the seeded function, and the gradient of every tensor that requires one, for `grads` of the outputs."""
+    torch.manual_seed(seed)
     outputs = function(call)
     wanted = {name: tensor for name, tensor in call.tensors.items() if tensor.requires_grad}
-    grads = grads or output_grads(call, outputs)
-    # what nothing depends on would be a fault: allow_unused stays off
-    gradients = torch.autograd.grad(outputs, list(wanted.values()), grads)
+    gradients = torch.autograd.grad(outputs, list(wanted.values()), grads or [few_bits(output) for output in outputs])
     found = {f"y[{g}]": output.detach() for g, output in enumerate(outputs)}
     return found | {f"d {name}": gradient for name, gradient in zip(wanted, gradients)}
 
 
-def output_grads(call: Call, outputs: Sequence[Tensor]) -> list[Tensor]:
-    """A random gradient for each output: the same numbers for equal shapes, whatever the dtype."""
-    generator = torch.Generator(call.x.device).manual_seed(SEED)
-
-    def gradient(output: Tensor) -> Tensor:
-        # bfloat16 values of few bits, which every dtype holds exactly
-        numbers = torch.randint(-8, 9, output.shape, generator=generator, device=output.device) / 8
-        return numbers.to(output.dtype)
-
-    return [gradient(output) for output in outputs]
+def few_bits(like: Tensor) -> Tensor:
+    """Random numbers that every dtype holds exactly, the same for equal shapes."""
+    numbers = torch.randint(-8, 9, like.shape, generator=torch.Generator().manual_seed(SEED)) / 8
+    return numbers.to(like.device, like.dtype)

@@ -7,17 +7,31 @@ from itertools import chain, combinations
 
 import pytest
 import torch
+from torch import Tensor
 
 from bench.memory import saved_bytes
 from fastadapt import lora_linear
-from tests.kernels.lora_linear.calls import EVERYTHING, Call, Member, composed, fused, make, results
+from tests.kernels.lora_linear.calls import (
+    EVERYTHING,
+    FLOAT64_BACKENDS,
+    LAYOUTS,
+    SEED,
+    Call,
+    Member,
+    composed,
+    fused,
+    laid_out,
+    make,
+    results,
+)
 from tests.tolerance import EXACT, no_worse_than
 
-reference = fused("reference")
+every_backend = pytest.mark.parametrize("backend", FLOAT64_BACKENDS)
 
 
-def check(call: Call) -> None:
-    torch.testing.assert_close(results(reference, call), results(composed, call), **EXACT)
+def check(call: Call, grads: list[Tensor] | None = None) -> None:
+    for backend in FLOAT64_BACKENDS:
+        torch.testing.assert_close(results(fused(backend), call, grads), results(composed, call, grads), **EXACT)
 
 
 GROUPS = {
@@ -34,24 +48,10 @@ def test_values_and_every_gradient(group, dropout_p):
     check(make((9, 21), **GROUPS[group], dropout_p=dropout_p, needs=EVERYTHING))
 
 
-LAYOUTS = {
-    "vector": lambda: torch.randn(20),
-    "3-D": lambda: torch.randn(3, 4, 20),
-    "4-D": lambda: torch.randn(2, 3, 1, 20),
-    "transposed": lambda: torch.randn(20, 12).t(),
-    "tokens first": lambda: torch.randn(4, 3, 20).transpose(0, 1),
-    "sliced": lambda: torch.randn(6, 5, 50)[::2, 1:, 3:43:2],
-    "expanded rows": lambda: torch.randn(1, 20).expand(6, 20),
-    "expanded columns": lambda: torch.randn(6, 1).expand(6, 20),
-    "no rows": lambda: torch.randn(0, 20),
-    "no rows in 3-D": lambda: torch.randn(3, 0, 20),
-}
-
-
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_of_x(layout, dropout_p):
-    x = LAYOUTS[layout]().double()
+    x = laid_out(layout)
     call = make(x, (7, 5), (3, 2), dropout_p=dropout_p, needs=EVERYTHING)
     assert call.x.stride() == x.stride()
     check(call)
@@ -59,9 +59,9 @@ def test_any_layout_of_x(layout, dropout_p):
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if "expanded" not in name])
 def test_any_layout_of_the_outputs_gradient(layout):
-    gradient = LAYOUTS[layout]().double()
+    gradient = laid_out(layout)
     call = make((*gradient.shape[:-1], 9), (gradient.shape[-1],), dropout_p=0.3, needs=EVERYTHING)
-    torch.testing.assert_close(results(reference, call, [gradient]), results(composed, call, [gradient]), **EXACT)
+    check(call, [gradient])
 
 
 def test_any_layout_of_the_weights():
@@ -82,15 +82,14 @@ def test_members_of_a_group_may_need_different_gradients():
     check(make((4, 6), (5, 3), (2, 1), dropout_p=0.3, needs=("lora_a[0]", "bias[0]", "lora_b[1]")))
 
 
-def test_an_output_that_nothing_reads_has_no_gradient():
-    call = make((4, 6), (5, 3, 2), (2, 1, 3), dropout_p=0.3)
-    first, _, last = reference(call)
-    found = torch.autograd.grad([first, last], [call.x, call.members[0].lora_a], [first, last], retain_graph=True)
-    plain = composed(call)
-    expected = torch.autograd.grad([plain[0], plain[2]], [call.x, call.members[0].lora_a], [plain[0], plain[2]])
+@every_backend
+def test_an_output_that_nothing_reads(backend):
+    call = make((4, 6), (5, 3, 2), (2, 1, 3), dropout_p=0.3, needs=("x", "lora_a[0]", "lora_b[2]"))
+    found, expected = (results(lambda call: function(call)[::2], call) for function in (fused(backend), composed))
     torch.testing.assert_close(found, expected, **EXACT)
-    (of_the_unread,) = torch.autograd.grad(last.sum(), call.members[1].lora_b)
-    assert not of_the_unread.any()
+    unread = call.requiring("lora_a[1]").members[1].lora_a
+    (gradient,) = torch.autograd.grad(fused(backend)(call)[0].sum(), unread, allow_unused=True)
+    assert gradient is None or not gradient.any()
 
 
 def test_evaluation_drops_nothing_and_draws_nothing():
@@ -104,57 +103,58 @@ def test_evaluation_drops_nothing_and_draws_nothing():
     assert torch.equal(fewer, y) and torch.equal(torch.get_rng_state(), state)
 
 
+@every_backend
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("group", GROUPS)
-def test_derivatives_of_first_and_second_order(group, dropout_p):
+def test_derivatives_of_first_and_second_order(group, dropout_p, backend):
     widths = {"widths": (3, 1, 2), "ranks": (2, 1, 2)} if group == "three" else {"widths": (3,)}
     call = make((4, 5), **GROUPS[group] | widths, dropout_p=dropout_p, needs=EVERYTHING)
     tensors = list(call.tensors.values())
 
-    def function(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        flat = iter(tensors[1:])
-        members = tuple(Member(*(None if t is None else next(flat) for t in member)) for member in call.members)
-        return tuple(reference(replace(call, x=tensors[0], members=members)))
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        torch.manual_seed(SEED)
+        return tuple(fused(backend)(call.with_tensors(*tensors)))
 
     assert torch.autograd.gradcheck(function, tensors)
     assert torch.autograd.gradgradcheck(function, tensors)
 
 
 ROWS, DEPTH, WIDTH, RANK = 32, 24, 40, 3
-X, PRODUCT, SEED = ROWS * DEPTH * 4, ROWS * RANK * 4, 8  # bytes
+X, PRODUCT, SEED_ITSELF = ROWS * DEPTH * 4, ROWS * RANK * 4, 8  # bytes
 
 
 @pytest.mark.parametrize(
     ("needs", "dropout_p", "expected"),
     [
         (("x", "lora_a", "lora_b"), 0.0, X + PRODUCT),
-        (("x", "lora_a", "lora_b"), 0.1, X + PRODUCT + SEED),
+        (("x", "lora_a", "lora_b"), 0.1, X + PRODUCT + SEED_ITSELF),
         (("lora_a",), 0.0, X),
         (("weight",), 0.0, X),
         (("x", "lora_b"), 0.0, PRODUCT),  # LoRA-FA: A is frozen
-        (("x", "lora_b"), 0.1, PRODUCT + SEED),
+        (("x", "lora_b"), 0.1, PRODUCT + SEED_ITSELF),
         (("x",), 0.0, 0),
         (("bias",), 0.0, 0),
     ],
 )
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "triton"])  # those that meta tensors can have
 def test_what_is_kept_for_the_backward(needs, dropout_p, expected, backend):
     call = make((ROWS, DEPTH), (WIDTH,), (RANK,), dropout_p=dropout_p, dtype=torch.float32, needs=needs).to("meta")
     parameters = [tensor for tensor in call.members[0] if tensor is not None]
     assert saved_bytes(lambda: fused(backend)(call), exclude=parameters) == expected
 
 
+@every_backend
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_lower_precisions_round_no_more_than_eager(dtype, dropout_p):
+def test_lower_precisions_round_no_more_than_eager(dtype, dropout_p, backend):
     call = make((65, 130), (96, 40), (16, 3), dropout_p=dropout_p, dtype=dtype, needs=EVERYTHING)
-    exact = results(composed, call.to(torch.float64))
-    no_worse_than(results(reference, call), results(composed, call), exact)
+    no_worse_than(results(fused(backend), call), results(composed, call), results(composed, call.to(torch.float64)))
 
 
+@every_backend
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_float32_adapters_on_a_half_precision_linear(dtype):
+def test_float32_adapters_on_a_half_precision_linear(dtype, backend):
     call = make((65, 130), dtype=dtype, adapter_dtype=torch.float32, dropout_p=0.1, needs=EVERYTHING)
-    found = results(reference, call)
+    found = results(fused(backend), call)
     assert found["d lora_a[0]"].dtype == found["d lora_b[0]"].dtype == torch.float32
     no_worse_than(found, results(composed, call), results(composed, call.to(torch.float64)))

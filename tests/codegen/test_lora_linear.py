@@ -1,0 +1,66 @@
+"""lora_linear's kernels keep their budgets on every architecture, with every tile that config can choose."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from fastadapt.kernels.lora_linear import cases, config, triton_kernel
+from fastadapt.kernels.lora_linear.cases import DINO, PROMPT, TEXT, Case
+from fastadapt.kernels.lora_linear.config import Problem, Tiles
+from fastadapt.prove.report import ARCHS, Report
+from fastadapt.prove.static import compile_launches
+from fastadapt.prove.table import launches
+
+ODD = (
+    Case(TEXT, 769, ((1023, 17),), dropout_p=0.0),
+    Case(TEXT, 100, ((70, 3), (33, 17))),
+    Case(TEXT, 776, ((776, 8),)),  # a multiple of 16 bytes, which Triton is not told of
+)
+LARGE_RANKS = (
+    Case(DINO, 768, ((768, 64),) * 3),
+    Case(PROMPT, 768, ((768, 256),)),
+)
+PRODUCTS = ("forward_kernel", "grad_input_kernel")
+ALL = (*cases.SHIPPED, *ODD, *LARGE_RANKS)
+
+
+def compiled(case: Case, arch: int) -> list[Report]:
+    return compile_launches([(launch, arch) for launch in launches(cases, case, arch)])
+
+
+# of the others, 89 is like 120 and 100 like 90, but for what is shipped all are tried
+UNUSUAL = [(case, arch) for case in (*ODD, *LARGE_RANKS) for arch in (80, 90, 120)]
+
+
+@pytest.mark.parametrize(("case", "arch"), [*product(cases.SHIPPED, ARCHS), *UNUSUAL], ids=lambda value: getattr(value, "name", None))
+def test_budgets_are_kept(case: Case, arch: int) -> None:
+    reports = compiled(case, arch)
+    assert reports
+    for report in reports:
+        assert cases.budget(case, report.kernel).violations(report) == []
+
+
+@pytest.mark.parametrize(("arch", "kind"), [(80, "mma"), (89, "mma"), (90, "wgmma"), (100, "tcgen05"), (120, "mma")])
+def test_products_run_on_the_architectures_own_tensor_cores(arch: int, kind: str) -> None:
+    reports = {report.kernel: report for report in compiled(cases.SHIPPED[0], arch)}
+    assert {reports[kernel].tensor_core for kernel in PRODUCTS} == {kind}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_cases_reach_every_kernel_and_every_tile(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    offered = set()
+    gemm_tiles = config.gemm_tiles
+
+    def noting(problem: Problem) -> Tiles:
+        offered.update(tiles for tiles, _ in config.candidates(problem))
+        return gemm_tiles(problem)
+
+    monkeypatch.setattr(config, "gemm_tiles", noting)
+    found = [launch for case in ALL for launch in launches(cases, case, arch)]
+    assert {launch.name for launch in found} == {name for name in vars(triton_kernel) if name.endswith("_kernel")}
+    metas = [launch.meta for launch in found if launch.name in PRODUCTS]
+    assert {meta["FUSED"] for meta in metas} == {True, False}
+    sizes = ("ROWS", "COLUMNS", "DEPTH", "num_warps", "num_stages")
+    assert {Tiles(*(meta[size] for size in sizes)) for meta in metas} == offered
