@@ -69,7 +69,7 @@ class HostTime:
 
 
 def host_overhead(
-    dropout_p: float = 0.0, *, width: int = 64, rows: int = 4, r: int = 8, blocks: int = 40, steps: int = 50
+    dropout_p: float = 0.0, *, width: int = 64, rows: int = 4, r: int = 8, blocks: int = 300, steps: int = 10
 ) -> HostTime:
     """Time a linear so small that only the host's work counts, with the three arms in turn, and keep each one's
     fastest block.
@@ -78,8 +78,8 @@ def host_overhead(
         on a machine where the median is not.
     """
     layers = small_layers(width, r, dropout_p)
-    x = torch.randn(rows, width, requires_grad=True)
-    grad = torch.randn(rows, width)
+    x = torch.randn(1, rows, width, requires_grad=True)  # tokens, as a model's layers see them
+    grad = torch.randn(1, rows, width)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

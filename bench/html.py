@@ -19,7 +19,7 @@ def table(headings: Sequence[str], lines: Sequence[Sequence[object]], emphasise:
     """A table; lines whose first cell is `emphasise` stand out."""
     styles = [_style(cell) for cell in lines[0]] if lines else [""] * len(headings)
     head = "".join(
-        _element("th", heading, "text" if style == "text" else "") for heading, style in zip(headings, styles)
+        _element("th", heading, "text" if "text" in style else "") for heading, style in zip(headings, styles)
     )
     body = "".join(
         f"<tr{' class=ours' if _text(line[0]) == emphasise else ''}>{''.join(map(_cell, line))}</tr>" for line in lines
@@ -56,7 +56,10 @@ def bullets(texts: Sequence[str]) -> str:
 
 def definitions(entries: Mapping[str, object]) -> str:
     """Names and values, one a line."""
-    lines = (_element("dt", name, "") + _element("dd", str(value), "") for name, value in entries.items())
+    lines = (
+        _element("dt", name, "") + _element("dd", ", ".join(value) if isinstance(value, list) else str(value), "")
+        for name, value in entries.items()
+    )
     return f"<dl>{''.join(lines)}</dl>"
 
 
@@ -78,7 +81,8 @@ def _cell(value: object) -> str:
 
 
 def _element(name: str, text: str, style: str) -> str:
-    return f"<{name}{f' class={style}' if style else ''}>{escape(text)}</{name}>"
+    attribute = f' class="{style}"' if style else ""
+    return f"<{name}{attribute}>{escape(text)}</{name}>"
 
 
 def _style(value: object) -> str:

@@ -9,7 +9,7 @@ from bench import sections
 from bench.case import FASTADAPT, FROZEN, PEFT
 from bench.html import bullets, definitions, heading, note, page, paragraph, table, tile, tiles
 from bench.rows import Row, last_run, read
-from bench.summary import MAIN_CLOCKS, STEP, by_arm, groups, of_kind
+from bench.summary import STEP, by_arm, main_group, of_kind
 
 NOTES = (
     "Arms run interleaved: once each a round, in a new random order every round. Ratios are of medians; their 95 % "
@@ -52,7 +52,7 @@ def _headlines(rows: Sequence[Row]) -> list[str]:
         found.append(
             tile(f"{good} of {len(proofs)}", f"proofs passed: {tensors} outputs and gradients against float64, each")
         )
-    step = next((group for group in groups(rows) if group.phase == STEP and group.clock in MAIN_CLOCKS), None)
+    step = main_group(rows)
     if step and (against := step.ratio(FASTADAPT, PEFT)):
         sign = "≈ " if against.sign(step.noise) == "≈" else ""
         caption = f"PEFT's time for a training step, {step.clock} clock (95 %: {against.low:.2f} to {against.high:.2f})"
@@ -61,7 +61,9 @@ def _headlines(rows: Sequence[Row]) -> list[str]:
     if step and {FROZEN, PEFT, FASTADAPT} <= set(saved):
         before, after = (saved[arm] / saved[FROZEN] for arm in (PEFT, FASTADAPT))
         found.append(
-            tile(f"{before:.2f} → {after:.2f} ×", "the frozen model's bytes kept for the backward: PEFT → fastadapt")
+            tile(
+                f"{before:.2f} → {after:.2f}", "times the frozen model's bytes kept for the backward: PEFT → fastadapt"
+            )
         )
     if step and {PEFT, FASTADAPT} <= set(launches):
         found.append(tile(f"{launches[PEFT]} → {launches[FASTADAPT]}", "kernel launches in a step: PEFT → fastadapt"))

@@ -23,7 +23,7 @@ from bench.rows import Recorder, Row
 from bench.stats import summary
 
 SEED = 0
-WARM_UP = 2
+WARM_UP = 1
 MIN_ROUNDS, MAX_ROUNDS = 5, 60
 
 Tick = Callable[[str, float], None]  # told what is about to happen, and what part of the whole is done

@@ -10,7 +10,7 @@ from bench.case import AGAIN, COMPILED, FASTADAPT, FROZEN, PEFT
 from bench.html import Cell, bullets, folded, heading, note, paragraph, table
 from bench.rows import Row
 from bench.stats import Ratio, geometric_mean
-from bench.summary import ORDER, STEP, Group, by_arm, cases, comparisons, failures, groups, of_kind
+from bench.summary import MAIN_CLOCKS, ORDER, STEP, Group, by_arm, cases, comparisons, failures, groups, of_kind
 from bench.terminal import seconds
 
 MB = 1e6
@@ -75,21 +75,23 @@ def _timing_table(group: Group) -> str:
         columns.append("of roofline")
         for line, row in zip(lines, group.rows.values()):
             line.append(Cell(f"{100 * row.values['roofline_ratio']:.0f} %" if "roofline_ratio" in row.values else "-"))
-    moved = any(row.device.get("sm_clock_moved") for row in group.rows.values())
-    warning = note("The GPU's clock moved by more than 2 % during these measurements.") if moved else ""
-    return table(columns, lines, FASTADAPT) + warning
+    remarks = [f"Noise floor: {100 * group.noise:.1f} %."] if AGAIN in group.rows else []
+    if any(row.device.get("sm_clock_moved") for row in group.rows.values()):
+        remarks.append("The GPU's clock moved by more than 2 % during these measurements.")
+    return table(columns, lines, FASTADAPT) + (note(" ".join(remarks)) if remarks else "")
 
 
 def _break_even(row: Row, shown: Sequence[Group]) -> str:
     cost = row.values["compile_s"]
-    text = f"{row.case}: torch.compile took {cost:.0f} s in a fresh process, each block compiled once and used by all"
-    group = next((group for group in shown if group.case == row.case and {PEFT, COMPILED} <= set(group.rows)), None)
-    if group is None:
-        return text + "."
+    text = f"{row.case}: torch.compile took {cost:.0f} s in a fresh process, each block compiled once and used by all; "
+    group = next((group for group in shown if group.case == row.case and group.clock in MAIN_CLOCKS), None)
+    against = group.ratio(COMPILED, PEFT) if group else None
+    if against is None:
+        return text + "its steps were not timed."
+    if against.sign(group.noise) != "<":
+        return text + "its steps are not measurably shorter than PEFT's."
     gain = group.rows[PEFT].values["median_s"] - group.rows[COMPILED].values["median_s"]
-    return text + (
-        f"; that is earned back after {cost / gain:,.0f} steps." if gain > 0 else "; it is never earned back."
-    )
+    return text + f"shorter steps earn that back after {cost / gain:,.0f} of them."
 
 
 def kept_bytes(rows: Sequence[Row]) -> str:
@@ -262,7 +264,7 @@ def static(rows: Sequence[Row]) -> str:
 def _machine_code(variants: Sequence[dict[str, Any]]) -> Cell:
     """The worst of a kernel's variants on one architecture."""
     if not variants:
-        return Cell("-")
+        return Cell("-", "text")
     regs, shared, spills = (max(values[name] for values in variants) for name in ("regs", "shared", "spills"))
     blocks, cores = (
         min(values["blocks/SM"] for values in variants),
@@ -275,7 +277,7 @@ def _machine_code(variants: Sequence[dict[str, Any]]) -> Cell:
         *sorted(cores),
         *([f"{spills} spills"] if spills else []),
     ]
-    return Cell(", ".join(parts), "failed" if any(values["violations"] for values in variants) else "")
+    return Cell(", ".join(parts), "text failed" if any(values["violations"] for values in variants) else "text")
 
 
 ALL = (proof, training_step, kept_bytes, launches, host_time, operations, not_won, missing, static)

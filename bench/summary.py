@@ -60,6 +60,11 @@ def groups(rows: Sequence[Row]) -> list[Group]:
     return [Group(*key, {arm: arms[arm] for arm in ORDER if arm in arms}) for key, arms in found.items()]
 
 
+def main_group(rows: Sequence[Row]) -> Group | None:
+    """The main job's training step by the clock that a user waits for; None if it was not timed."""
+    return next((group for group in groups(rows) if group.phase == STEP and group.clock in MAIN_CLOCKS), None)
+
+
 def of_kind(rows: Sequence[Row], kind: str) -> list[Row]:
     """The successful rows of a kind."""
     return [row for row in rows if row.kind == kind and row.status == "ok"]

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from bench.case import AGAIN, FROZEN, PEFT
 from bench.rows import Row
-from bench.summary import MAIN_CLOCKS, ORDER, STEP, by_arm, failures, groups, of_kind
+from bench.summary import ORDER, by_arm, failures, main_group, of_kind
 
 
 class Bar:
@@ -57,43 +57,40 @@ def seconds(value: float) -> str:
 
 def table(rows: Sequence[Row]) -> Table:
     """One line for each arm of the main job: the step's time, the bytes it keeps, its kernel launches."""
-    shown = Table(
-        title="LoRA on every linear of CLIP ViT-B/16: one training step",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 0),
-        title_justify="left",
-    )
+    title = "LoRA on every linear of CLIP ViT-B/16: one training step"
+    shown = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0), title_justify="left")
     shown.add_column("arm", no_wrap=True)
     for heading in ("right", "step", "/ PEFT (95 %)", "kept, / frozen", "launches"):
         shown.add_column(heading, justify="right", no_wrap=True)
-    timed = next((group for group in groups(rows) if group.phase == STEP and group.clock in MAIN_CLOCKS), None)
+    timed = main_group(rows)
     saved, launches = by_arm(rows, "saved", "saved_bytes"), by_arm(rows, "launches", "total_count")
     for arm in [arm for arm in ORDER if arm != AGAIN]:
-        verdicts = [row.status for row in rows if row.kind == "verify" and row.arm == arm]
-        right = (
-            "-" if not verdicts else "yes" if set(verdicts) == {"ok"} else "no" if "failed" in verdicts else verdicts[0]
-        )
-        step, beside = "-", "-"
-        if timed and arm in timed.rows:
-            step = seconds(timed.rows[arm].values["median_s"])
-            against = timed.ratio(arm, PEFT)
-            if against and arm != PEFT:
-                sign = "≈" if against.sign(timed.noise) == "≈" else ""
-                beside = f"{sign}{against.value:.2f} ({against.low:.2f}-{against.high:.2f})"
-        kept = f"{saved[arm] / 1e6:.0f} MB {saved[arm] / saved[FROZEN]:.2f}" if arm in saved else "-"
-        if verdicts or arm in saved or step != "-":
-            shown.add_row(arm, right, step, beside, kept, str(launches.get(arm, "-")))
+        right = _right([row.status for row in rows if row.kind == "verify" and row.arm == arm])
+        step = seconds(timed.rows[arm].values["median_s"]) if timed and arm in timed.rows else "-"
+        against = timed.ratio(arm, PEFT) if timed and arm != PEFT else None
+        sign = "≈" if against and against.sign(timed.noise) == "≈" else ""
+        beside = f"{sign}{against.value:.2f} ({against.low:.2f}-{against.high:.2f})" if against else "-"
+        kept = f"{saved[arm] / 1e6:.0f} MB" if arm in saved else "-"
+        if {arm, FROZEN} <= set(saved):
+            kept += f" {saved[arm] / saved[FROZEN]:.2f}"
+        cells = [right, step, beside, kept, str(launches.get(arm, "-"))]
+        if set(cells) != {"-"}:
+            shown.add_row(arm, *cells)
     return shown
 
 
+def _right(statuses: Sequence[str]) -> str:
+    """What became of an arm's proofs: 'yes' if all passed, else the first other status; '-' if there is none."""
+    return next((status for status in statuses if status != "ok"), "yes") if statuses else "-"
+
+
 def notes(rows: Sequence[Row]) -> list[str]:
-    """The lines under the table: host time, and what failed or was skipped and why."""
-    lines = [
+    """The lines under the table: the noise floor, host time, and what failed or was skipped and why."""
+    timed = main_group(rows)
+    lines = [f"noise floor, fastadapt against itself: {100 * timed.noise:.1f} %"] if timed else []
+    lines += [
         f"host time over a frozen linear, dropout {row.params['dropout']:g}: "
         f"PEFT +{row.values['peft_us']:.0f} us, fastadapt +{row.values['fastadapt_us']:.0f} us"
         for row in of_kind(rows, "host")
     ]
-    group = next((group for group in groups(rows) if group.noise), None)
-    if group:
-        lines.insert(0, f"noise floor, fastadapt against itself: {100 * group.noise:.1f} %")
     return lines + [f"{row.status}: {row.case}, {row.arm or row.kind}: {row.reason}" for row in failures(rows)]

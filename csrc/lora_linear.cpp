@@ -6,7 +6,7 @@
 //
 //     low_g = dy_g B_g
 //     dx    = sum_g dy_g W_g + alpha_g m_g(low_g A_g)
-//     dA_g  = alpha_g low_g^T m_g(x)        dB_g = alpha_g dy_g^T s_g        dW_g = dy_g^T x        db_g = sum_rows dy_g
+//     dA_g  = alpha_g low_g^T m_g(x)      dB_g = alpha_g dy_g^T s_g      dW_g = dy_g^T x      db_g = sum_rows dy_g
 //
 // The products are ATen's, so results equal the reference's bit for bit.  They are called through the C functions that
 // AOTInductor's models use: those take alpha and beta, which the stable dispatcher call cannot pass, and cost the host
@@ -34,8 +34,8 @@ using torch::stable::Tensor;
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 using OptionalTensors = std::vector<std::optional<Tensor>>;
 
-constexpr size_t kHead = 2;      // tensors before the members' own: x and seed
-constexpr size_t kEach = 4;      // tensors of a member: weight, bias, lora_a, lora_b
+constexpr size_t kHead = 2;  // tensors before the members' own: x and seed
+constexpr size_t kEach = 4;  // tensors of a member: weight, bias, lora_a, lora_b
 constexpr int64_t kAnySize = -1;
 
 std::string shape_text(const Tensor& tensor) {
@@ -51,7 +51,7 @@ const Tensor& given(const std::optional<Tensor>& tensor, const char* name, size_
 
 void check_matrix(const Tensor& tensor, int64_t rows, int64_t cols, const char* name, size_t member) {
   STD_TORCH_CHECK(
-      tensor.dim() == 2 && (rows == kAnySize || tensor.size(0) == rows) && (cols == kAnySize || tensor.size(1) == cols),
+      tensor.dim() == 2 && (rows == kAnySize || tensor.size(0) == rows) && tensor.size(1) == cols,
       name, " of member ", member, ": expected shape (", rows, ", ", cols, "), where -1 is any size, got ",
       shape_text(tensor));
 }
@@ -63,13 +63,13 @@ struct Member {
   const Tensor& lora_a;               // (r, K)
   const Tensor& lora_b;               // (N, r)
 
-  Member(const OptionalTensors& flat, size_t g)
+  Member(const OptionalTensors& flat, size_t g, int64_t width)
       : weight(given(flat[kHead + kEach * g], "weight", g)),
         bias(flat[kHead + kEach * g + 1]),
         lora_a(given(flat[kHead + kEach * g + 2], "lora_a", g)),
         lora_b(given(flat[kHead + kEach * g + 3], "lora_b", g)) {
-    check_matrix(weight, kAnySize, kAnySize, "weight", g);
-    check_matrix(lora_a, kAnySize, weight.size(1), "lora_a", g);
+    check_matrix(weight, kAnySize, width, "weight", g);
+    check_matrix(lora_a, kAnySize, width, "lora_a", g);
     check_matrix(lora_b, weight.size(0), lora_a.size(0), "lora_b", g);
     STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0)), "bias of member ", g,
                     ": expected shape (", weight.size(0), "), got ", shape_text(*bias));
@@ -112,7 +112,8 @@ Tensor unflat_rows(const Tensor& matrix, const Tensor& like) {
 }
 
 // out = beta * self + alpha * left right, where self may be out.
-void addmm_out(const Tensor& out, const Tensor& self, const Tensor& left, const Tensor& right, double beta, double alpha) {
+void addmm_out(
+    const Tensor& out, const Tensor& self, const Tensor& left, const Tensor& right, double beta, double alpha) {
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(out.get(), self.get(), left.get(), right.get(), beta, alpha));
 }
@@ -185,7 +186,7 @@ std::vector<Tensor> lora_linear(const OptionalTensors& tensors, const std::vecto
   const double rescale = inv_keep(threshold);
   std::vector<Tensor> outputs, products;
   for (size_t g = 0; g < count; ++g) {
-    const Member member(tensors, g);
+    const Member member(tensors, g, x.size(-1));
     const Tensor low = linear(dropped(rows, seed, threshold, g), member.lora_a, std::nullopt);
     const Tensor y = linear(rows, member.weight, member.bias);
     addmm_out(y, y, low, transposed(cast(member.lora_b, x)), 1, scales[g] * rescale);
@@ -206,12 +207,13 @@ std::vector<Tensor> lora_linear_backward(
   check_length(needs.size(), flat_count, "needs");
   const std::optional<Tensor>&x = saved[0], &seed = saved[1];
   const double rescale = inv_keep(threshold);
+  const int64_t width = given(saved[kHead], "weight", 0).size(-1);
   const bool need_x = needs[0];
   std::optional<Tensor> dx;
   std::vector<Tensor> wanted;
   for (size_t g = 0; g < count; ++g) {
     STD_TORCH_CHECK(!grads[count + g], "grads: expected None for the low-rank product of member ", g, ", got a tensor");
-    const Member member(saved, g);
+    const Member member(saved, g, width);
     const Tensor dy = flat_rows(rows_tensor(grads[g], "grads"));
     const size_t own = kHead + kEach * g;
     const bool need_weight = needs[own], need_bias = needs[own + 1], need_a = needs[own + 2], need_b = needs[own + 3];
@@ -220,10 +222,16 @@ std::vector<Tensor> lora_linear_backward(
     if (need_x || need_a) low = product(dy, cast(member.lora_b, dy));
     if (need_x) {
       const Tensor weight = cast(member.weight, dy), lora_a = cast(member.lora_a, dy);
-      if (dx) addmm_out(*dx, *dx, dy, weight, 1, 1);
-      else dx = product(dy, weight);
-      if (seed) dx = add(*dx, dropped(product(*low, lora_a), seed, threshold, g), alpha);
-      else addmm_out(*dx, *dx, *low, lora_a, 1, alpha);
+      if (dx) {
+        addmm_out(*dx, *dx, dy, weight, 1, 1);
+      } else {
+        dx = product(dy, weight);
+      }
+      if (seed) {
+        dx = add(*dx, dropped(product(*low, lora_a), seed, threshold, g), alpha);
+      } else {
+        addmm_out(*dx, *dx, *low, lora_a, 1, alpha);
+      }
     }
     if (need_weight) wanted.push_back(cast(product(transposed(dy), flat_rows(rows_tensor(x, "x"))), member.weight));
     if (need_bias) wanted.push_back(cast(torch::stable::sum(dy, Sizes{int64_t{0}}), given(member.bias, "bias", g)));

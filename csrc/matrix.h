@@ -16,7 +16,7 @@ inline int32_t dtype_of(const torch::stable::Tensor& tensor) {
   return dtype;
 }
 
-// An uninitialised matrix of `like`'s dtype; allocated past the dispatcher, at a third of its cost to the host.
+// An uninitialised matrix of `like`'s dtype; allocated past the dispatcher, to spare the host.
 inline torch::stable::Tensor empty(int64_t rows, int64_t cols, const torch::stable::Tensor& like) {
   const int64_t sizes[] = {rows, cols}, strides[] = {cols, 1};
   AtenTensorHandle handle;

@@ -99,7 +99,8 @@ def _gpus() -> list[tuple[str, ...]]:
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         capability = f"compute capability {gpu.major}.{gpu.minor}"
-        found.append((f"cuda:{index}", gpu.name, capability, f"{gpu.total_memory / 2**30:.0f} GiB", f"driver {_driver()}"))
+        memory = f"{gpu.total_memory / 2**30:.0f} GiB"
+        found.append((f"cuda:{index}", gpu.name, capability, memory, f"driver {_driver()}"))
     return found
 
 
@@ -109,7 +110,9 @@ def _driver() -> str:
         return "unknown: nvidia-smi is not on the PATH"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     asked = subprocess.run(query, capture_output=True, text=True)
-    return asked.stdout.split("\n")[0] if asked.returncode == 0 else f"unknown: nvidia-smi failed with {asked.returncode}"
+    if asked.returncode != 0:
+        return f"unknown: nvidia-smi failed with {asked.returncode}"
+    return asked.stdout.split("\n")[0]
 
 
 def _library() -> str:
@@ -124,7 +127,7 @@ def _operations() -> list[str]:
 
 
 def _backends() -> list[tuple[str, ...]]:
-    """For each operation and kind of device, the backend that a float32 call takes, and what keeps the others from running."""
+    """For each operation and kind of device, the backend of a float32 call, and what keeps the others from running."""
     return [(name, kind, *_backend(name, kind)) for name in _operations() for kind in ("cpu", "cuda")]
 
 

@@ -30,7 +30,7 @@ INSIDE = {
         "fastadapt.kernels.{op}.config",
         "fastadapt.kernels.{op}.triton_kernel",
     ],
-    "fastadapt/kernels/*/native_kernel.py": ["fastadapt.core.philox", "fastadapt.kernels.{op}.reference"],
+    "fastadapt/kernels/*/native_kernel.py": ["fastadapt.core.philox", "fastadapt.native", "fastadapt.kernels.{op}.reference"],
     "fastadapt/kernels/*/op.py": [
         "fastadapt.core.*",
         "fastadapt.native",
@@ -48,7 +48,13 @@ INSIDE = {
     "fastadapt/kernels/*__init__.py": [],
     "fastadapt/modules/*": ["fastadapt", "fastadapt.core.*", "fastadapt.modules.*", "fastadapt.integrations.*"],
     "fastadapt/integrations/*": ["fastadapt", "fastadapt.core.*", "fastadapt.modules.*"],
-    "fastadapt/prove/*": ["fastadapt", "fastadapt.core.*", "fastadapt.prove.*", "fastadapt.kernels", "fastadapt.kernels.*.cases"],
+    "fastadapt/prove/*": [
+        "fastadapt",
+        "fastadapt.core.*",
+        "fastadapt.prove.*",
+        "fastadapt.kernels",
+        "fastadapt.kernels.*.cases",
+    ],
     "fastadapt/cli.py": ["fastadapt", "fastadapt.*"],
 }
 

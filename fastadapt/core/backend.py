@@ -10,8 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fastadapt import native
 from fastadapt.core.launch import arch_of, interpreting
-from fastadapt.core.philox import native_loaded
 
 BACKENDS = ("reference", "native", "triton")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -49,7 +49,7 @@ def _warn_once(message: str) -> None:
 
 def why_not_native(device: torch.device, dtype: torch.dtype) -> list[str]:
     """Every reason why the C++ CPU kernels cannot run on tensors of this device and dtype; empty if they can."""
-    reasons = [] if native_loaded() else ["the C++ library is not built (python -m fastadapt.native builds it)"]
+    reasons = [] if native.load() else ["the C++ library is not built (python -m fastadapt.native builds it)"]
     return reasons if device.type == "cpu" else [*reasons, f"x is on {device.type}"]
 
 
@@ -65,7 +65,7 @@ def choose(operation: str, requested: str | None, x: Tensor) -> str:
     """
     device = x.device
     if requested is None and device.type == "cpu":
-        return "native" if native_loaded() else "reference"
+        return "native" if native.load() else "reference"
     if requested not in (None, *BACKENDS):
         raise ValueError(f"backend: expected None or one of {', '.join(BACKENDS)}, got {requested!r}")
     if requested is None and device.type != "cuda":
@@ -86,7 +86,9 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
     A tensor on the meta device follows the CPU's autocast, which a machine without a GPU can switch.
     """
-    kind = "cpu" if x.device.type == "meta" else x.device.type
+    kind = x.device.type
+    if kind == "meta":
+        kind = "cpu"
     if torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
         return torch.get_autocast_dtype(kind)
     return None

@@ -23,6 +23,8 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
 
+native.load()  # now: torch.compile can trace the question whether it is loaded, but not the loading
+
 library = torch.library.Library("fastadapt", "FRAGMENT")
 library.define("draw_seed(Tensor slot) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 
@@ -33,10 +35,6 @@ def _draw(device: torch.device) -> Tensor:
 
 library.impl("draw_seed", lambda slot: _draw(slot.device), "CompositeExplicitAutograd")
 torch.library.register_fake("fastadapt::draw_seed", torch.empty_like, lib=library)
-
-
-# whether the C++ kernels are there: a constant for torch.compile, which cannot trace the loading
-native_loaded = torch.compiler.assume_constant_result(native.load)
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -98,6 +96,6 @@ def keep_mask(seed: Tensor, rows: int, cols: int, p: float, member: int = 0) -> 
 def masked(x: Tensor, seed: Tensor, p: float, member: int = 0) -> Tensor:
     """x (rows, cols) with the dropped elements set to zero and the others as they are (not rescaled); differentiable."""
     differentiated = x.requires_grad and torch.is_grad_enabled()
-    if x.device.type == "cpu" and not differentiated and native_loaded():
+    if x.device.type == "cpu" and not differentiated and native.load():
         return torch.ops.fastadapt_native.masked(x, seed, threshold(p), member)
     return torch.where(keep_mask(seed, *x.shape, p, member), x, 0)

@@ -91,10 +91,14 @@ def operands(layer: Linear, x: Tensor, *args: Any, **kwargs: Any) -> Operands | 
         return "the adapter is merged into the weight"
     children = layer._modules
     base, lora_as, lora_bs = children["base_layer"], children["lora_A"]._modules, children["lora_B"]._modules
-    active = [adapter for adapter in layer.active_adapters if adapter in lora_as]
-    if len(active) != 1:
-        return f"{len(active)} adapters are active"
-    (adapter,) = active
+    adapter = layer.active_adapter
+    if not isinstance(adapter, str):
+        active = [name for name in adapter if name in lora_as]
+        if len(active) != 1:
+            return f"{len(active)} adapters are active"
+        (adapter,) = active
+    elif adapter not in lora_as:
+        return "0 adapters are active"
     if reason := _why_not_linear("base_layer", base) or _why_not_adapter(layer, adapter):
         return reason
     weight, bias = base._parameters["weight"], base._parameters["bias"]

@@ -17,11 +17,11 @@ Tensors = dict[str, Tensor]
 
 
 class Cases(Protocol):
-    """The module fastadapt/kernels/NAME/cases.py: the calls of an operation that are proved, as plain data, and how to make them.
+    """The module fastadapt/kernels/NAME/cases.py: the calls of an operation that are proved, and how to make them.
 
-    A case is a frozen dataclass with a `name`.  SHIPPED are the calls that users make: their kernels are compiled for every
-    architecture and held to their budgets, and on a GPU they are run too.  EDGES are small calls that end in odd places, for the
-    interpreter to run.
+    A case is a frozen dataclass with a `name`.  SHIPPED are calls that users make: their kernels are compiled for every
+    architecture and held to their budgets, and on a GPU they are run too.  EDGES are small calls that end in odd
+    places, for the interpreter to run.
     """
 
     SHIPPED: Sequence[Any]
@@ -31,10 +31,10 @@ class Cases(Protocol):
         """The tensors of a call by name, random from torch's generator; those that require gradients get them."""
 
     def run(self, case: Any, tensors: Mapping[str, Tensor], backend: str) -> Tensors:
-        """Outputs and gradients by name, forward and backward, on tensors like those of `inputs` or on float64 copies of them."""
+        """Outputs and gradients by name, of tensors like those of `inputs` or of float64 copies of them."""
 
     def masks(self, device: torch.device, backend: str) -> dict[str, tuple[Tensor, Tensor]]:
-        """Every dropout mask that the backend's kernels apply, seen in their results, with the mask that core.philox defines."""
+        """Each dropout mask that the backend applies, seen in its results, with the one that core.philox defines."""
 
     def budget(self, case: Any, kernel: str) -> Budget:
         """The bounds on the machine code that the case compiles this kernel to."""

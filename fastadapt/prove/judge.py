@@ -32,7 +32,7 @@ class Verdict:
         return not self.reason
 
     def values(self) -> dict[str, object]:
-        """What a row keeps of it: mean (root of mean square) and worst of each, and the result's error of every tensor."""
+        """What a row keeps of it: mean (root of mean square) and worst of each, and the error of every tensor."""
         kinds = {"error": self.errors, "eager_error": self.eager_errors, "apart": self.apart}
         means = {f"{kind}_mean": _or_none(mean(errors.values())) for kind, errors in kinds.items()}
         worst = {f"{kind}_worst": _or_none(max(errors.values())) for kind, errors in kinds.items()}

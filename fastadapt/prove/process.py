@@ -1,4 +1,4 @@
-"""The process that kernels are proved in: triton decides whether to interpret or to compile them when it is imported."""
+"""The process that kernels are proved in: triton decides when it is imported whether it interprets or compiles them."""
 
 from __future__ import annotations
 

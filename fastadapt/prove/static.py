@@ -135,7 +135,9 @@ def _text(elf: bytes) -> bytes:
     entry_size, entries, names_entry = struct.unpack_from("<HHH", elf, 0x3A)
     headers = [struct.unpack_from("<IIQQQQ", elf, table + i * entry_size) for i in range(entries)]
     names = headers[names_entry][4]
-    return next(elf[start : start + size] for name, *_, start, size in headers if elf[names + name :].startswith(b".text."))
+    return next(
+        elf[start : start + size] for name, *_, start, size in headers if elf[names + name :].startswith(b".text.")
+    )
 
 
 def _instructions(texts: Sequence[bytes], arch: int) -> list[Counter[str]]:

@@ -1,6 +1,6 @@
 """The static table: what the shipped cases of every operation compile to, for every architecture, without a GPU.
 
-`python -m fastadapt.prove.static` prints it, a line for each kernel and architecture, and ends with an error if a budget is broken.
+`python -m fastadapt.prove.static` prints it, a line for each kernel and architecture, and fails if a budget is broken.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fastadapt.prove.static import compile_launches
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel as compiled for one architecture: the first case that launches it, and the budgets that any case sees broken."""
+    """One kernel as compiled for one architecture: the first case that launches it, and every bound that it breaks."""
 
     operation: str
     case: str
@@ -39,7 +39,7 @@ class Row:
     violations: list[str] = field(default_factory=list)
 
     def values(self) -> dict[str, Any]:
-        """The row as it goes into a file; sizes in bytes (of shared memory a block, of local memory and accesses a thread)."""
+        """The row as it goes into a file.  In bytes: shared memory of a block; local memory, accesses of a thread."""
         report = self.report
         return {
             "operation": self.operation,

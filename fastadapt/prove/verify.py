@@ -1,7 +1,7 @@
 """Whether every kernel is right on this machine: on its GPU, or without one under Triton's interpreter.
 
-`python -m fastadapt.prove.verify` prints a line for each check, and ends with an error if one fails.  Every call is made twice, in
-memory filled with NaN; both times it must give the same bits, as near to float64 as eager torch comes in the same dtype.
+`python -m fastadapt.prove.verify` prints a line for each check, and fails if one does.  Every call is made twice, in
+memory filled with NaN; it must give the same bits twice, about as near to float64 as eager torch in the same dtype.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from fastadapt.prove.cases import Cases, operations
 from fastadapt.prove.judge import judge, mean, poisoned
 from fastadapt.prove.process import rerun_unless_interpreting
 
-SLACK = 2.0  # how much further off than eager a call may be: float32 sums in another order, and TF32 is rounded in another way
+# how much further off than eager a call may be: float32 sums in another order, TF32 rounds in another way
+SLACK = 2.0
 
 
 @dataclass(frozen=True)
 class Check:
-    """One check: errors to float64 (root mean square over outputs and gradients) where there are any, and what is wrong, if so."""
+    """One check: errors to float64 (root mean square over outputs and gradients), if any; what is wrong, if so."""
 
     operation: str
     backend: str

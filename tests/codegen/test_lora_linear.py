@@ -34,7 +34,9 @@ def compiled(case: Case, arch: int) -> list[Report]:
 UNUSUAL = [(case, arch) for case in (*ODD, *LARGE_RANKS) for arch in (80, 90, 120)]
 
 
-@pytest.mark.parametrize(("case", "arch"), [*product(cases.SHIPPED, ARCHS), *UNUSUAL], ids=lambda value: getattr(value, "name", None))
+@pytest.mark.parametrize(
+    ("case", "arch"), [*product(cases.SHIPPED, ARCHS), *UNUSUAL], ids=lambda value: getattr(value, "name", None)
+)
 def test_budgets_are_kept(case: Case, arch: int) -> None:
     reports = compiled(case, arch)
     assert reports

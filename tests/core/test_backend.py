@@ -31,7 +31,30 @@ def on(device: str, dtype: torch.dtype = torch.bfloat16) -> SimpleNamespace:
 
 def test_the_choice_without_a_wish():
     assert choose("op", None, on("cuda")) == "triton"
-    assert choose("op", None, on("cpu")) == choose("op", None, on("meta")) == "reference"
+    assert choose("op", None, on("cpu")) == "native"
+    assert choose("op", None, on("meta")) == "reference"
+
+
+def test_a_cpu_without_the_cpp_library_takes_the_reference(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(backend.native, "load", lambda: False)
+    assert choose("op", None, on("cpu")) == "reference"
+    with pytest.raises(BackendError, match="native backend cannot run: the C\\+\\+ library is not built"):
+        choose("op", "native", on("cpu"))
+
+
+def test_the_cpp_kernels_are_for_the_cpu():
+    with pytest.raises(BackendError, match="native backend cannot run: x is on cuda"):
+        choose("op", "native", on("cuda"))
+
+
+def test_a_cpu_runs_cpp_where_it_is_built(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(BackendError, match=r"^op: the native backend cannot run: the C\+\+ library is not built \("):
+        choose("op", "native", on("cpu"))
+    monkeypatch.setattr(native, "load", lambda: True)
+    assert choose("op", None, on("cpu")) == choose("op", "native", on("cpu")) == "native"
+    assert choose("op", None, on("meta")) == "reference"
+    with pytest.raises(BackendError, match="^op: the native backend cannot run: x is on cuda$"):
+        choose("op", "native", on("cuda"))
 
 
 def test_a_wish_that_can_be_met_is():
@@ -41,7 +64,7 @@ def test_a_wish_that_can_be_met_is():
 
 
 def test_an_unknown_backend_is_a_bad_argument():
-    with pytest.raises(ValueError, match="^backend: expected None or one of reference, .*triton, got 'cuda'$"):
+    with pytest.raises(ValueError, match="^backend: expected None or one of reference, native, triton, got 'cuda'$"):
         choose("op", "cuda", on("cpu"))
 
 
@@ -91,7 +114,7 @@ def test_strict_mode_does_not_fall_back(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(BackendError, match="float64, kernels exist"):
         choose("op", None, on("cuda", torch.float64))
     assert choose("op", None, on("cuda")) == "triton"
-    assert choose("op", None, on("cpu", torch.float64)) == "reference"  # nothing to fall back from
+    assert choose("op", None, on("cpu", torch.float64)) == "native"  # nothing to fall back from
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

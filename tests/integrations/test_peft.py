@@ -213,7 +213,7 @@ def test_half_precision_is_as_exact_as_pefts_and_of_its_dtypes(family, autocast)
         if "lora_" in name:
             parameter.data = parameter.data.float()
     fused, exact = fused_copy(model), step(copy.deepcopy(model).double(), family)
-    assert {row.path for row in fastadapt.explain(fused).rows} == {"fastadapt reference"}
+    assert {row.path for row in fastadapt.explain(fused).rows} == {"fastadapt native"}
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         found, expected = step(fused, family, dtype), step(model, family, dtype)
     assert [tensor.dtype for tensor in found[0]] == [tensor.dtype for tensor in expected[0]]

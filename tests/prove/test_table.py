@@ -61,14 +61,16 @@ def test_a_case_is_recorded_as_the_architecture_would_run_it() -> None:
     tiles = {}
     for arch in (80, 90):
         found = table.launches(lora_linear, case, arch)
-        assert {launch.name for launch in found} >= {"forward_kernel", "grad_input_kernel", "factor_grads_kernel", "sum_kernel"}
+        assert {launch.name for launch in found} >= {"forward_kernel", "grad_input_kernel", "factor_grads_kernel"}
         tiles[arch] = next(launch.meta["COLUMNS"] for launch in found if launch.name == "forward_kernel")
     assert tiles[80] != tiles[90]
 
 
 def test_equal_machine_code_is_one_row(compiled: None) -> None:
     rows = table.build({"op": operation([1, 2, 10])}, [90, 80])
-    assert [(row.case, row.report.arch) for row in rows] == [("case 1", 90), ("case 10", 90), ("case 1", 80), ("case 10", 80)]
+    assert [(row.case, row.report.arch) for row in rows] == [
+        ("case 1", 90), ("case 10", 90), ("case 1", 80), ("case 10", 80),
+    ]  # fmt: skip
 
 
 def test_a_broken_budget_is_told_once(compiled: None) -> None:
@@ -79,9 +81,9 @@ def test_a_broken_budget_is_told_once(compiled: None) -> None:
 def test_values_are_plain(compiled: None) -> None:
     (row,) = table.build({"op": operation([3])}, [90])
     assert row.values() == {
-        "operation": "op", "case": "case 3", "kernel": "a_kernel", "sm": 90, "grid": "3x1", "config": "ROWS=3 num_warps=4",
-        "regs": 64, "spills": 0, "local": 0, "shared": 2048, "blocks/SM": 8, "warps/SM": 32, "tensor core": "wgmma",
-        "load": 16, "store": 4, "wide loads": 1.0, "violations": "",
+        "operation": "op", "case": "case 3", "kernel": "a_kernel", "sm": 90, "grid": "3x1",
+        "config": "ROWS=3 num_warps=4", "regs": 64, "spills": 0, "local": 0, "shared": 2048, "blocks/SM": 8,
+        "warps/SM": 32, "tensor core": "wgmma", "load": 16, "store": 4, "wide loads": 1.0, "violations": "",
     }  # fmt: skip
 
 

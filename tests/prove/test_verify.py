@@ -25,7 +25,7 @@ def only_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def operation(result: Callable[[Tensor], Tensor], mask: Callable[[Tensor], Tensor] = torch.clone) -> Cases:
-    """An operation y = 2 x with one case, whose kernel gives `result` of the right y, and applies `mask` of the right mask."""
+    """An operation y = 2 x with one case; its kernel gives `result` of the right y, and `mask` of the right mask."""
 
     def run(case: SimpleNamespace, tensors: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
         y = tensors["x"] * 2

@@ -1,4 +1,4 @@
-"""The calls of lora_linear that are proved, and the budgets of the kernels that they compile to (fastadapt.prove.cases)."""
+"""The calls of lora_linear that are proved, and the budgets of the kernels they compile to (see prove/cases.py)."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def float32_matmul_precision(precision: str) -> Iterator[None]:
 
 
 def masks(device: torch.device, backend: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """The masks of two members as forward, dx and dA show them, beside core.philox's; of a fused and of a split width."""
+    """The masks of two members as y, dx and dA show them, beside core.philox's; of a fused and of a split rank."""
     found = {}
     for width in (40, 104):
         ones = torch.ones(width, width, dtype=torch.bfloat16, device=device, requires_grad=True)
@@ -145,7 +145,8 @@ def masks(device: torch.device, backend: str) -> dict[str, tuple[Tensor, Tensor]
             (dx,) = torch.autograd.grad(y, ones, ones, retain_graph=True)
             (da,) = torch.autograd.grad(y, downs[g], eye, retain_graph=True)
             mask = philox.keep_mask(seed, width, width, 0.3, g)
-            found |= {f"{name}[{g}] of width {width}": (t != 0, mask) for name, t in (("y", y), ("dx", dx), ("dA", da))}
+            seen = {"y": y, "dx": dx, "dA": da}
+            found |= {f"{name}[{g}], width {width}": (tensor != 0, mask) for name, tensor in seen.items()}
     return found
 
 
@@ -167,6 +168,6 @@ def budget(case: Case, kernel: str) -> Budget:
         bound = replace(bound, min_load_bytes=0, min_store_bytes=0, min_wide_load_share=0.0)
     if case.precision == "fp32":  # exact float32 has no tensor-core instruction
         bound = replace(bound, tensor_core=False)
-    if case.precision == "tf32":  # wgmma wants such operands contiguous along the sum: W is transposed 4 bytes at a time
+    if case.precision == "tf32":  # wgmma wants these contiguous along the sum: W is transposed 4 bytes at a time
         bound = replace(bound, min_wide_load_share=0.45)
     return bound

@@ -19,7 +19,7 @@ from fastadapt.core.launch import arch_of, gpu_name, processors
 BYTES_PER_SECOND = 4.3e12
 FLOPS_PER_SECOND = 790e12
 LAUNCH_SECONDS = 3e-6
-FUSED_RANKS = 64  # the widest low-rank accumulator kept beside the base product's
+FUSED_RANKS = {2: 64, 4: 16}  # by itemsize, the widest low-rank accumulator that fits beside the base product's
 TABLES = Path(__file__).parent / "tables"
 HOPPER_AND_LATER = (90, 100, 103)  # the accumulator of wgmma and tcgen05 leaves room that mma's fragments take
 SMALL_SHARED_MEMORY = (86, 89, 120)  # compute capabilities with 99 KiB a block
@@ -117,9 +117,18 @@ def algorithm(problem: Problem) -> str:
         return "split" if problem.dropout else "library"
     if problem.weight_itemsize > problem.itemsize and not problem.dropout:
         return "merge"
-    if padded_rank(problem.rank) > FUSED_RANKS:
-        return "split"
-    return "fused" if fused_seconds(problem) <= split_seconds(problem) else "split"
+    return "fused" if fits_fused(problem) and fused_seconds(problem) <= split_seconds(problem) else "split"
+
+
+def fits_fused(problem: Problem) -> bool:
+    """Whether one kernel keeps both products in registers (tests/codegen proves it).
+
+    Before Hopper the operands' fragments are there too, which leaves no room for a wide low-rank product, nor for
+    dropout's random numbers in the loop or beside several members.
+    """
+    if problem.arch in HOPPER_AND_LATER:
+        return padded_rank(problem.rank) <= FUSED_RANKS[problem.itemsize]
+    return padded_rank(problem.rank) <= 16 and not (problem.dropout and (not problem.backward or problem.members > 1))
 
 
 def fused_seconds(problem: Problem) -> float:
@@ -185,13 +194,17 @@ def project_tiles(problem: Problem) -> Tiles:
     ranks = min(padded_rank(problem.rank), 64)
     if problem.itemsize == 4:
         return Tiles(32, ranks, 32, 4, 2)
-    return Tiles(32 if problem.rows < 8192 else 64, ranks, 64, 4, 3)
+    if problem.rows >= 8192:
+        return Tiles(64, ranks, 64, 4, 3)
+    return Tiles(32, ranks, 64, 4, 3 if ranks < 64 else 2)
 
 
 def factor_grad_tiles(problem: Problem) -> Tiles:
     """Tiles of factor_grads_kernel: (rows a step, columns of the wide operand, ranks)."""
     ranks = min(padded_rank(problem.rank), 64)
-    return Tiles(32 if problem.itemsize == 4 else 64, 64 if problem.itemsize == 4 else 128, ranks, 4, 3)
+    if problem.itemsize == 4:
+        return Tiles(32, 64, ranks, 4, 3)
+    return Tiles(64 if ranks < 64 else 32, 128, ranks, 4, 3)
 
 
 @lru_cache(maxsize=None)

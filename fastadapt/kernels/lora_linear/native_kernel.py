@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastadapt import native
 from fastadapt.core.philox import threshold
 from fastadapt.kernels.lora_linear import reference
 
@@ -35,6 +36,9 @@ def backward(
     return torch.ops.fastadapt_native.lora_linear_backward(saved, grads, needs, scales, threshold(dropout_p))
 
 
-@torch.library.register_fake("fastadapt_native::lora_linear")
 def _forward_fake(tensors: Sequence[Tensor | None], scales: Sequence[float], threshold: int) -> list[Tensor]:
     return reference.forward(tensors, scales, threshold / 65536)
+
+
+if native.load():
+    torch.library.register_fake("fastadapt_native::lora_linear", _forward_fake)

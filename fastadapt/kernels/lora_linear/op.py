@@ -14,7 +14,7 @@ from fastadapt.core.backend import autocast_dtype, choose
 from fastadapt.core.checks import FLOATS, check_dtype, check_input, check_number, check_probability, check_tensor, fail
 from fastadapt.core.operation import Operation, Tensors
 from fastadapt.core.philox import draw_seed, threshold
-from fastadapt.kernels.lora_linear import config, reference
+from fastadapt.kernels.lora_linear import config, native_kernel, reference
 
 
 def lora_linear(
@@ -146,7 +146,7 @@ def _apply(
     seed, probability = (draw_seed(x.device), float(dropout_p)) if training and threshold(dropout_p) else (None, 0.0)
     tensors, numbers = (x, seed, *flat), [float(scale) for scale in scales]
     if chosen == "native" and native.differentiable() and not torch.compiler.is_compiling():
-        outputs = _implementation(chosen).apply(tensors, numbers, probability)
+        outputs = native_kernel.apply(tensors, numbers, probability)
     else:
         outputs = _operation(tensors, numbers, probability, chosen)
     return outputs[: len(numbers)]
@@ -203,8 +203,6 @@ def _implementation(backend: str) -> Any:
     if backend == "reference":
         return reference
     if backend == "native":
-        from fastadapt.kernels.lora_linear import native_kernel
-
         return native_kernel
     from fastadapt.kernels.lora_linear import triton_launch
 

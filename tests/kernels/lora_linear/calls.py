@@ -71,8 +71,8 @@ class Call:
 
 TRAINED = ("x", "lora_a", "lora_b")
 EVERYTHING = ("x", "weight", "bias", "lora_a", "lora_b")
-BACKENDS = ("reference", "triton")
-FLOAT64_BACKENDS = ("reference",)
+FLOAT64_BACKENDS = ("reference", "native") if DEVICE.type == "cpu" else ("reference",)
+BACKENDS = (*FLOAT64_BACKENDS, "triton")
 
 
 def make(

@@ -39,6 +39,10 @@ PROBLEMS = [
         ({"weight_itemsize": 4, "rank": 256}, "merge"),
         ({"weight_itemsize": 4, "dropout": True}, "split"),  # no one matrix does what a mask between the factors does
         ({"itemsize": 4, "weight_itemsize": 4}, "fused"),  # TF32
+        ({"itemsize": 4, "weight_itemsize": 4, "rank": 17}, "split"),
+        ({"arch": 80}, "fused"),
+        ({"arch": 80, "rank": 17}, "split"),  # before Hopper the operands take registers as well
+        ({"arch": 80, "rows": 640, "dropout": True}, "split"),
         ({"itemsize": 4, "weight_itemsize": 4, "exact": True}, "library"),
         ({"itemsize": 4, "weight_itemsize": 4, "exact": True, "dropout": True}, "split"),
     ],

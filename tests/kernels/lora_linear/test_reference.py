@@ -1,4 +1,4 @@
-"""The reference in float64 against a plain composition of torch functions, and its derivatives against differences."""
+"""The reference, and C++'s copy of it, in float64 against a plain composition of torch functions and against differences."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from bench.memory import saved_bytes
-from fastadapt import lora_linear
+from fastadapt import lora_linear, native
 from tests.kernels.lora_linear.calls import (
+    DEVICE,
     EVERYTHING,
     FLOAT64_BACKENDS,
     LAYOUTS,
@@ -136,9 +137,9 @@ X, PRODUCT, SEED_ITSELF = ROWS * DEPTH * 4, ROWS * RANK * 4, 8  # bytes
         (("bias",), 0.0, 0),
     ],
 )
-@pytest.mark.parametrize("backend", ["reference", "triton"])  # those that meta tensors can have
-def test_what_is_kept_for_the_backward(needs, dropout_p, expected, backend):
-    call = make((ROWS, DEPTH), (WIDTH,), (RANK,), dropout_p=dropout_p, dtype=torch.float32, needs=needs).to("meta")
+@pytest.mark.parametrize(("backend", "device"), [("reference", "meta"), ("native", "cpu"), ("triton", "meta")])
+def test_what_is_kept_for_the_backward(needs, dropout_p, expected, backend, device):
+    call = make((ROWS, DEPTH), (WIDTH,), (RANK,), dropout_p=dropout_p, dtype=torch.float32, needs=needs).to(device)
     parameters = [tensor for tensor in call.members[0] if tensor is not None]
     assert saved_bytes(lambda: fused(backend)(call), exclude=parameters) == expected
 
@@ -158,3 +159,13 @@ def test_float32_adapters_on_a_half_precision_linear(dtype, backend):
     found = results(fused(backend), call)
     assert found["d lora_a[0]"].dtype == found["d lora_b[0]"].dtype == torch.float32
     no_worse_than(found, results(composed, call), results(composed, call.to(torch.float64)))
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the C++ kernels run on the CPU")
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("group", GROUPS)
+def test_cpp_kernels_under_pythons_autograd(group, dropout_p, monkeypatch):
+    """As with a torch for which the C++ autograd node was not built."""
+    monkeypatch.setattr(native, "differentiable", lambda: False)
+    call = make((9, 21), **GROUPS[group], dropout_p=dropout_p, needs=EVERYTHING)
+    torch.testing.assert_close(results(fused("native"), call), results(composed, call), **EXACT)
