@@ -107,6 +107,7 @@ def _host_time(record: Recorder) -> None:
     for dropout in (0.0, clip_lora.DROPOUT):
         found = counters.host_overhead(dropout)
         values = {"frozen_us": found.frozen_us, "peft_us": found.peft_us, "fastadapt_us": found.fastadapt_us}
+        values["operation_us"] = found.operation_us
         record("host", "one small linear on the CPU", "", params={"dropout": dropout}, values=values)
 
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from bench.counters import host_overhead
+from bench.counters import HostTime, host_overhead
 
-MOST = 0.5
-ATTEMPTS = 3  # a neighbour on the machine can spoil one measurement, not make slow code fast
+MOST_FOR_THE_OPERATION = 0.5
+MOST_FOR_THE_LAYER = 0.75  # the module's own call, and the look at PEFT's state that every call of it takes
+ATTEMPTS = 4  # a neighbour on the machine can spoil one measurement, not make slow code fast
+
+
+def good(found: HostTime) -> bool:
+    return found.operation_ratio <= MOST_FOR_THE_OPERATION and found.ratio <= MOST_FOR_THE_LAYER
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-def test_fastadapt_adds_at_most_half_of_what_peft_does(dropout_p: float) -> None:
-    ratios: list[float] = []
-    while len(ratios) < ATTEMPTS and min(ratios, default=MOST + 1) > MOST:
-        found = host_overhead(dropout_p)
-        print(f"over a frozen linear: PEFT +{found.peft_us:.0f} us, fastadapt +{found.fastadapt_us:.0f} us")
-        ratios.append(found.ratio)
-    assert min(ratios) <= MOST
+def test_lora_costs_the_host_half_of_what_peft_takes(dropout_p: float) -> None:
+    found = [host_overhead(dropout_p)]
+    while not good(found[-1]) and len(found) < ATTEMPTS:
+        found.append(host_overhead(dropout_p))
+    print(*found, sep="\n")
+    assert good(found[-1]), found

@@ -236,7 +236,7 @@ def test_nothing_is_recorded_without_gradients(backend):
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_runs_are_bitwise_equal(backend, dtype):
-    call = make((70, 136), (40, 24), (3, 16), dropout_p=0.1, dtype=dtype, needs=EVERYTHING)
+    call = make((33, 72), (40, 24), (3, 16), dropout_p=0.1, dtype=dtype, needs=EVERYTHING)
     first, second = (results(fused(backend), call) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     other = results(fused(backend), call, seed=SEED + 1)
@@ -245,10 +245,13 @@ def test_runs_are_bitwise_equal(backend, dtype):
 
 @every_backend
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("x_dtype", "autocast"),
+    [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, torch.bfloat16)],
+    ids=str,
+)
 def test_autocast_over_float32_weights(backend, dropout_p, x_dtype, autocast):
-    x = torch.randn(65, 136).to(x_dtype)
+    x = randn(33, 136).to(x_dtype)
     call = make(x, (96,), (16,), dropout_p=dropout_p, dtype=torch.float32, needs=EVERYTHING)
 
     def under_autocast(function: Callable[[Call], list[Tensor]]) -> dict[str, Tensor]:

@@ -109,7 +109,7 @@ def test_evaluation_drops_nothing_and_draws_nothing():
 @pytest.mark.parametrize("group", GROUPS)
 def test_derivatives_of_first_and_second_order(group, dropout_p, backend):
     widths = {"widths": (3, 1, 2), "ranks": (2, 1, 2)} if group == "three" else {"widths": (3,)}
-    call = make((4, 5), **GROUPS[group] | widths, dropout_p=dropout_p, needs=EVERYTHING)
+    call = make((3, 4), **GROUPS[group] | widths, dropout_p=dropout_p, needs=EVERYTHING)
     tensors = list(call.tensors.values())
 
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -26,12 +26,18 @@ def dtypes(*names: str):
     return pytest.mark.parametrize("dtype", [getattr(torch, name) for name in names], ids=names)
 
 
-every_dtype, wide_and_narrow = dtypes("float32", "float16", "bfloat16"), dtypes("float32", "bfloat16")
+every_dtype = dtypes("float32", "float16", "bfloat16")
 every_dropout = pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 # merging needs no mask between the factors, and "library" is the reference itself
 WAYS = [("fused", 0.0), ("fused", 0.1), ("split", 0.0), ("split", 0.1), ("merge", 0.0)]
+BRIEFLY = [("fused", 0.1), ("split", 0.1), ("merge", 0.0)]
 every_way = pytest.mark.parametrize(("algorithm", "dropout_p"), WAYS)
-every_algorithm = pytest.mark.parametrize(("algorithm", "dropout_p"), [("fused", 0.1), ("split", 0.1), ("merge", 0.0)])
+every_algorithm = pytest.mark.parametrize(("algorithm", "dropout_p"), BRIEFLY)
+# float32 shows a wrong element best, bfloat16 has other tiles
+every_way_in_two_dtypes = pytest.mark.parametrize(
+    ("algorithm", "dropout_p", "dtype"),
+    [(*way, torch.float32) for way in WAYS] + [(*way, torch.bfloat16) for way in BRIEFLY],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -50,15 +56,11 @@ def check(call: Call, grads: list[Tensor] | None = None) -> None:
     no_worse_than(ours, eager, results(composed, call.to(torch.float64), grads and [grad.double() for grad in grads]))
 
 
-RANKS = [1, 3, 8, 16, 17, 64, 256]
-
-
-@wide_and_narrow
-@pytest.mark.parametrize(
-    ("algorithm", "dropout_p", "rank"),
-    [(*way, rank) for rank in RANKS for way in WAYS if way[0] != "fused" or rank <= 64],
-)
+@every_way_in_two_dtypes
+@pytest.mark.parametrize("rank", [1, 3, 8, 16, 17, 64, 256])
 def test_every_rank(rank, algorithm, dropout_p, dtype, monkeypatch):
+    if algorithm == "fused":
+        rank = min(rank, 64)  # wider ones never are
     choose(monkeypatch, algorithm)
     check(make((37, 72), (88,), (rank,), dropout_p=dropout_p, dtype=dtype))
 
@@ -75,8 +77,7 @@ SIZES = {
 }
 
 
-@wide_and_narrow
-@every_way
+@every_way_in_two_dtypes
 @pytest.mark.parametrize("size", SIZES)
 def test_every_size(size, algorithm, dropout_p, dtype, monkeypatch):
     rows, depth, width = SIZES[size]
@@ -91,8 +92,7 @@ GROUPS = {
 }
 
 
-@wide_and_narrow
-@every_way
+@every_way_in_two_dtypes
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_group(group, algorithm, dropout_p, dtype, monkeypatch):
     choose(monkeypatch, algorithm)
@@ -157,7 +157,7 @@ def test_adapters_of_unlike_dtypes_in_one_group():
 NEEDS = [("x",), ("lora_a", "lora_b"), ("lora_b",), ("lora_a[0]", "lora_b[1]"), ("x", "weight[1]", "bias[0]"), EVERYTHING]
 
 
-@every_way
+@every_algorithm
 @pytest.mark.parametrize("needs", NEEDS, ids="+".join)
 def test_only_some_gradients(needs, algorithm, dropout_p, monkeypatch):
     choose(monkeypatch, algorithm)
