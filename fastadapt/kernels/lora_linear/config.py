@@ -145,7 +145,7 @@ def split_seconds(problem: Problem) -> float:
     return problem.rows * (problem.depth + 2 * problem.rank) * problem.itemsize / BYTES_PER_SECOND + LAUNCH_SECONDS
 
 
-# Tiles for 16-bit operands with the share of the matrix rate that such tiles are assumed to reach, best first.
+# Tiles, for 16-bit operands unless named otherwise, with the share of the matrix rate that they are assumed to reach, best first.
 WIDE = (Tiles(128, 256, 64, 8, 3), 1.0)
 COMMON = (
     (Tiles(128, 128, 64, 8, 3), 0.9),
@@ -154,17 +154,19 @@ COMMON = (
 )
 SMALL = ((Tiles(128, 128, 32, 8, 3), 0.9), *COMMON[1:])  # three stages of (128, 128, 64) exceed 99 KiB
 NARROW = ((Tiles(128, 64, 64, 8, 3), 0.7), COMMON[-1])  # a masked update or several members leave no registers for more
-ODD = ((Tiles(64, 32, 32, 4, 2), 0.4),)  # rows are loaded an element at a time where 16 does not divide their stride
+SMALLEST = ((Tiles(64, 32, 32, 4, 2), 0.4),)
+FOUR_BYTES = ((Tiles(64, 64, 32, 4, 2), 1.0),)
 
 
 def candidates(problem: Problem) -> tuple[tuple[Tiles, float], ...]:
     """The tiles that keep every value in registers and shared memory (tests/codegen proves it)."""
-    if problem.itemsize == 4:
-        return ((Tiles(64, 64, 32, 4, 2), 1.0),)
-    if problem.depth % 16 or problem.width % 16:  # what Triton tells apart of integer arguments
-        return ODD
     masks_result = problem.dropout and problem.backward
     crowded = problem.backward and problem.members > 1
+    if problem.itemsize == 4:
+        narrow = problem.arch not in HOPPER_AND_LATER and (crowded or problem.rank % 16)
+        return SMALLEST if narrow else FOUR_BYTES
+    if problem.depth % 16 or problem.width % 16:  # then Triton loads rows an element at a time
+        return SMALLEST
     if (masks_result and crowded) or (problem.arch not in HOPPER_AND_LATER and (masks_result or crowded)):
         return NARROW
     if problem.arch in SMALL_SHARED_MEMORY:
@@ -196,7 +198,7 @@ def project_tiles(problem: Problem) -> Tiles:
         return Tiles(32, ranks, 32, 4, 2)
     if problem.rows >= 8192:
         return Tiles(64, ranks, 64, 4, 3)
-    return Tiles(32, ranks, 64, 4, 3 if ranks < 64 else 2)
+    return Tiles(32, ranks, 64 if ranks < 64 else 32, 4, 3)
 
 
 def factor_grad_tiles(problem: Problem) -> Tiles:

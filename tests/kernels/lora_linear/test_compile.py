@@ -23,7 +23,7 @@ GROUP = {"widths": (12, 7), "ranks": (3, 2), "biases": (True, False)}
 @pytest.fixture(scope="module", autouse=True)
 def _fresh_cache() -> Iterator[None]:
     """No graph of an earlier version of the operation: its code is not part of the key under which graphs are kept."""
-    with fresh_cache(), torch._inductor.config.patch({"cpp_cache_precompile_headers": False}):
+    with fresh_cache():
         yield
 
 
