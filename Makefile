@@ -70,6 +70,7 @@ gpu-verify:
 
 gpu-bench:
 	$(PART) -m bench --out $(OUT)/bench
+	$(PART) -m bench ops --out $(OUT)/ops
 
 gpu-tune:
-	$(PART) -m bench.tune --out $(OUT)/tune
+	$(PART) -m bench tune --out $(OUT)/tune

@@ -56,8 +56,10 @@ class _CountOperations(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class HostTime:
-    """Microseconds of host time for one linear, forward and backward, and what LoRA adds to them: as PEFT's layer, as that
-    layer fused, and as the operation alone, without the module around it."""
+    """Microseconds of host time for one linear, forward and backward, and what LoRA adds to them.
+
+    It is added as PEFT's layer, as that layer fused, and as the operation alone, without the module around it.
+    """
 
     frozen_us: float
     peft_us: float
@@ -117,7 +119,11 @@ def _operation(layer: nn.Module, dropout_p: float) -> Callable[[torch.Tensor], t
 
 
 def _blocks(
-    layers: dict[str, Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor, grad: torch.Tensor, blocks: int, steps: int
+    layers: dict[str, Callable[[torch.Tensor], torch.Tensor]],
+    x: torch.Tensor,
+    grad: torch.Tensor,
+    blocks: int,
+    steps: int,
 ) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in layers}
     for _ in range(blocks):
