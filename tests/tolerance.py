@@ -15,11 +15,12 @@ EXACT = {"rtol": 1e-10, "atol": 1e-10}
 SINGLE = {"rtol": 1e-5, "atol": 1e-5}
 DEEP = {"rtol": 1e-4, "atol": 1e-4}
 
-# Errors to float64, over those of eager torch in the same dtype: of the whole tensor, and of its worst element, by which a single
-# wrong element shows.
+# Errors to float64, over those of eager torch in the same dtype: of the whole tensor, and of its worst element, by
+# which a single wrong element shows.
 SLACK = {2: 1.25, math.inf: 2.0}
 
-# None is held to less than this, should eager be luckier: a rounding of the result in 16 bits, a sum in another order in 32.
+# None is held to less than this, should eager be luckier: a rounding of the result in 16 bits, a sum in another order
+# in 32.
 LEAST = {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 1e-6}
 
 

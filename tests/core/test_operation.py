@@ -1,4 +1,4 @@
-"""The way every operation meets autograd and the compiler, shown on one of a few lines: y = scale * a * b * c, b or c None."""
+"""How every operation meets autograd and the compiler, shown on a small one: y = scale * a * b * c, b or c None."""
 
 from __future__ import annotations
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.verify import poisoned
 from fastadapt.core import philox
 from fastadapt.kernels.lora_linear import config
+from fastadapt.prove.judge import poisoned
 from tests.kernels.lora_linear.calls import EVERYTHING, SEED, Call, Member, composed, few_bits, fused, make, results
 from tests.tolerance import no_worse_than
 

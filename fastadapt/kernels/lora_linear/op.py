@@ -42,7 +42,7 @@ def lora_linear(
         scale: lora_alpha / r, or what else multiplies the update.
         dropout_p: probability of dropping an element of x before A, in steps of 2^-16; 0 <= dropout_p < 1.
         training: whether dropout is applied.
-        backend: None to choose (Triton on a GPU, the reference elsewhere), "reference" or "triton".
+        backend: None to choose (Triton on a GPU, C++ on a CPU, else the reference), "reference", "native" (the C++) or "triton".
 
     Returns:
         (..., N) in x's dtype; under autocast in autocast's dtype.

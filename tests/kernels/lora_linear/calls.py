@@ -85,7 +85,10 @@ def make(
     adapter_dtype: torch.dtype | None = None,
     needs: Sequence[str] = TRAINED,
 ) -> Call:
-    """A call with random tensors of unit-sized products; x is a tensor or its shape; biases says which members have one."""
+    """A call with random tensors of unit-sized products.
+
+    x: a tensor, or the shape of one; biases: which members have one; needs: as for `Call.requiring`.
+    """
     x = x.detach() if isinstance(x, Tensor) else randn(*x).to(dtype)
     depth = x.shape[-1]
 
@@ -138,9 +141,9 @@ def fused(backend: str | None = None) -> Function:
 
 
 def composed(call: Call) -> Sequence[Tensor]:
-    """F.linear(x, W, b) + scale F.linear(F.linear(mask x / (1 - p), A), B) for each member, with the masks that `fused` draws.
+    """PEFT's expression for each member, F.linear(x, W, b) + scale F.linear(F.linear(mask x / (1 - p), A), B).
 
-    This is PEFT's expression.  Weights of another dtype than x are cast to x's first, as autocast would.
+    The masks are those that `fused` draws.  Weights of another dtype than x are cast to x's first, as autocast would.
     """
     x, dtype = call.x, call.x.dtype
     seed = philox.draw_seed(x.device)
@@ -156,7 +159,7 @@ def composed(call: Call) -> Sequence[Tensor]:
 def results(
     function: Function, call: Call, grads: Sequence[Tensor] | None = None, seed: int = SEED
 ) -> dict[str, Tensor]:
-    """Outputs of the seeded function, and the gradient of every tensor that requires one, for `grads` of the outputs."""
+    """Outputs of the seeded function, and for `grads` of them the gradient of every tensor that requires one."""
     torch.manual_seed(seed)
     outputs = function(call)
     wanted = {name: tensor for name, tensor in call.tensors.items() if tensor.requires_grad}

@@ -1,4 +1,4 @@
-"""torch.compile, activation checkpointing and autocast, alone and together, with dropout: one mask, one set of gradients."""
+"""torch.compile, checkpointing and autocast, alone and together, with dropout: one mask, one set of gradients."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from torch import Tensor
 from torch._inductor.utils import fresh_cache
 from torch.utils.checkpoint import checkpoint
 
-from fastadapt import lora_linear
-from fastadapt.core import philox
 from tests.kernels.lora_linear.calls import BACKENDS, DEVICE, EVERYTHING, Call, Function, few_bits, fused, make, results
 from tests.tolerance import SINGLE
 

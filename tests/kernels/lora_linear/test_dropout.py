@@ -43,7 +43,7 @@ def test_keep_rate(p):
 
 
 def chi_square(a: Tensor, b: Tensor) -> float:
-    """Pearson's statistic of the 2 x 2 table of two masks; chi-square with one degree of freedom if they are independent."""
+    """Pearson's statistic of two masks' 2 x 2 table: chi-square with one degree of freedom if they are independent."""
     table = torch.stack([(x & y).sum() for x in (a, ~a) for y in (b, ~b)]).double().view(2, 2)
     expected = table.sum(1, keepdim=True) * table.sum(0, keepdim=True) / table.sum()
     return ((table - expected).square() / expected).sum().item()
@@ -88,14 +88,14 @@ SIZE, MEMBERS = 72, 2
 
 
 def transparent(dropout_p: float, dtype: torch.dtype = torch.float32) -> Call:
-    """x = 1, W = 0 and A = B = I, by which y_g = m_g / (1 - p), dx = sum_g m_g dy_g / (1 - p), dA_g = dy_g^T m_g / (1 - p)."""
+    """x = 1, W = 0, A = B = I: (1 - p) y_g = m_g, (1 - p) dx = sum_g m_g dy_g and (1 - p) dA_g = dy_g^T m_g."""
     eye = torch.eye(SIZE, dtype=dtype, device=DEVICE)
     members = tuple(Member(torch.zeros_like(eye), None, eye.clone(), eye.clone()) for _ in range(MEMBERS))
     return Call(torch.ones_like(eye), members, (1.0,) * MEMBERS, dropout_p).requiring("x", "lora_a")
 
 
 def decided_by_a_bit(seed: Tensor) -> float:
-    """A probability of about 0.3 for which some element's number equals the threshold: `>` in place of `>=` would show."""
+    """A probability of about 0.3 at which some element's number is the threshold, so that `>` for `>=` would show."""
     for numbers in range(20000, 30000):
         p, following = numbers / 65536, (numbers + 1) / 65536
         if not torch.equal(philox.keep_mask(seed, SIZE, SIZE, p), philox.keep_mask(seed, SIZE, SIZE, following)):
@@ -104,7 +104,9 @@ def decided_by_a_bit(seed: Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("backend", "algorithm"), [(None, ""), ("reference", ""), ("triton", "fused"), ("triton", "split")])
+@pytest.mark.parametrize(
+    ("backend", "algorithm"), [(None, ""), ("reference", ""), ("triton", "fused"), ("triton", "split")]
+)
 def test_forward_and_backward_see_the_documented_mask_bit_for_bit(backend, algorithm, dtype, monkeypatch):
     if algorithm:
         monkeypatch.setattr(config, "algorithm", lambda problem: algorithm)

@@ -15,7 +15,18 @@ from fastadapt import lora_linear, lora_linear_group
 from fastadapt.core import philox
 from fastadapt.core.backend import BackendError
 from fastadapt.core.launch import recording
-from tests.kernels.lora_linear.calls import BACKENDS, DEVICE, EVERYTHING, SEED, Call, composed, fused, make, randn, results
+from tests.kernels.lora_linear.calls import (
+    BACKENDS,
+    DEVICE,
+    EVERYTHING,
+    SEED,
+    Call,
+    composed,
+    fused,
+    make,
+    randn,
+    results,
+)
 from tests.tolerance import error, no_worse_than
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -30,7 +41,7 @@ def arguments() -> dict:
 WRONG = {
     "x is a list": ({"x": [1.0]}, "x: expected a floating-point tensor of at least one dimension, got list"),
     "x is an integer": ({"x": torch.ones(4, 6, dtype=torch.int64)}, "x: expected a floating-point tensor"),
-    "x is a scalar": ({"x": torch.ones(())}, "x: expected a floating-point tensor of at least one dimension, got torch"),
+    "x is a scalar": ({"x": torch.ones(())}, "x: expected a floating-point tensor of at least one dimension, got"),
     "weight is missing": ({"weight": None}, "weight: expected a tensor, got NoneType"),
     "weight is 1-D": ({"weight": torch.ones(6)}, "weight: expected shape (any, 6), got shape (6,)"),
     "weight is transposed": ({"weight": torch.ones(6, 5)}, "weight: expected shape (any, 6), got shape (6, 5)"),
@@ -47,7 +58,7 @@ WRONG = {
     "bias is elsewhere": ({"bias": torch.ones(5, device="meta")}, "bias: expected a tensor on cpu"),
     "lora_a is too wide": ({"lora_a": torch.ones(3, 7)}, "lora_a: expected shape (any, 6), got shape (3, 7)"),
     "lora_a is double": ({"lora_a": torch.ones(3, 6).double()}, "lora_a: expected torch.float32, got torch.float64"),
-    "lora_a is bfloat16": ({"lora_a": torch.ones(3, 6).bfloat16()}, "lora_a: expected torch.float32, got torch.bfloat16"),
+    "lora_a is half": ({"lora_a": torch.ones(3, 6).half()}, "lora_a: expected torch.float32, got torch.float16"),
     "rank 0": (
         {"lora_a": torch.ones(0, 6), "lora_b": torch.ones(5, 0)},
         "lora_a: expected a rank of at least 1, got shape (0, 6)",

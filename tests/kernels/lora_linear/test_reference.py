@@ -1,4 +1,4 @@
-"""The reference, and C++'s copy of it, in float64 against a plain composition of torch functions and against differences."""
+"""The reference and its copy in C++, in float64, against a composition of torch functions and against differences."""
 
 from __future__ import annotations
 

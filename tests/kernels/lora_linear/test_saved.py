@@ -1,4 +1,4 @@
-"""Bytes kept for the backward by a block of CLIP ViT-B/16 with LoRA on all six linears, counted exactly without a GPU."""
+"""Bytes that a block of CLIP ViT-B/16 with LoRA on all six linears keeps for the backward, counted without a GPU."""
 
 from __future__ import annotations
 
