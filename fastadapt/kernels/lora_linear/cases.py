@@ -154,7 +154,7 @@ _PRODUCT = Budget(tensor_core=True, min_load_bytes=16, min_store_bytes=16, min_w
 BUDGETS = {
     "forward_kernel": _PRODUCT,
     "grad_input_kernel": _PRODUCT,
-    "project_kernel": Budget(min_load_bytes=16, min_wide_load_share=0.9),
+    "project_kernel": Budget(min_load_bytes=16, min_wide_load_share=0.8),
     "factor_grads_kernel": Budget(min_load_bytes=16, min_wide_load_share=0.9),
     "sum_kernel": Budget(min_load_bytes=16, min_store_bytes=16, min_wide_load_share=1.0),
     "merge_kernel": Budget(min_load_bytes=16, min_store_bytes=16, min_wide_load_share=1.0),

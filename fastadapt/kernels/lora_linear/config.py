@@ -101,8 +101,13 @@ def padded_rank(rank: int) -> int:
 
 
 def rank_tile(problem: Problem, fused: bool) -> int:
-    """Ranks of one step of the update: all of them where the product stays in registers, at most 64 where it is read."""
-    return padded_rank(problem.rank) if fused else min(padded_rank(problem.rank), 64)
+    """Ranks of one step of the update: all of them where the product stays in registers, else as many as `step_ranks`."""
+    return padded_rank(problem.rank) if fused else step_ranks(problem)
+
+
+def step_ranks(problem: Problem) -> int:
+    """Ranks that a product is computed or read in steps of; the plain cores of exact float32 have no registers for more."""
+    return 16 if problem.exact else min(padded_rank(problem.rank), 64)
 
 
 def algorithm(problem: Problem) -> str:
@@ -156,16 +161,20 @@ SMALL = ((Tiles(128, 128, 32, 8, 3), 0.9), *COMMON[1:])  # three stages of (128,
 NARROW = ((Tiles(128, 64, 64, 8, 3), 0.7), COMMON[-1])  # a masked update or several members leave no registers for more
 SMALLEST = ((Tiles(64, 32, 32, 4, 2), 0.4),)
 FOUR_BYTES = ((Tiles(64, 64, 32, 4, 2), 1.0),)
+EXACT_TIGHT = ((Tiles(32, 32, 32, 4, 2), 0.4),)
 
 
 def candidates(problem: Problem) -> tuple[tuple[Tiles, float], ...]:
     """The tiles that keep every value in registers and shared memory (tests/codegen proves it)."""
     masks_result = problem.dropout and problem.backward
     crowded = problem.backward and problem.members > 1
+    odd = problem.depth % 16 or problem.width % 16  # then Triton loads rows an element at a time
+    tight = crowded or odd or problem.rank % 16
+    if problem.exact:
+        return EXACT_TIGHT if tight else FOUR_BYTES
     if problem.itemsize == 4:
-        narrow = problem.arch not in HOPPER_AND_LATER and (crowded or problem.rank % 16)
-        return SMALLEST if narrow else FOUR_BYTES
-    if problem.depth % 16 or problem.width % 16:  # then Triton loads rows an element at a time
+        return SMALLEST if tight and problem.arch not in HOPPER_AND_LATER else FOUR_BYTES
+    if odd:
         return SMALLEST
     if (masks_result and crowded) or (problem.arch not in HOPPER_AND_LATER and (masks_result or crowded)):
         return NARROW
@@ -193,7 +202,7 @@ def gemm_tiles(problem: Problem) -> Tiles:
 
 def project_tiles(problem: Problem) -> Tiles:
     """Tiles of project_kernel; columns is the chunk of ranks one program computes."""
-    ranks = min(padded_rank(problem.rank), 64)
+    ranks = step_ranks(problem)
     if problem.itemsize == 4:
         return Tiles(32, ranks, 32, 4, 2)
     if problem.rows >= 8192:
@@ -203,7 +212,7 @@ def project_tiles(problem: Problem) -> Tiles:
 
 def factor_grad_tiles(problem: Problem) -> Tiles:
     """Tiles of factor_grads_kernel: (rows a step, columns of the wide operand, ranks)."""
-    ranks = min(padded_rank(problem.rank), 64)
+    ranks = step_ranks(problem)
     if problem.itemsize == 4:
         return Tiles(32, 64, ranks, 4, 3)
     return Tiles(64 if ranks < 64 else 32, 128, ranks, 4, 3)
