@@ -38,6 +38,8 @@ class Operation:
         result is always a tensor; that of an intermediate value is None unless the backward itself is differentiated.
     reference_backward: the same with differentiable torch functions.
     backward_fake(saved, grads, needs, *options) -> like forward_fake.
+    added: the index in `tensors` of one that is added to the first result, if there is one: its gradient is that result's,
+        which the backward is not asked for.  The two have the same shape and dtype.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Operation:
     backward: Callable[..., list[Tensor]]
     reference_backward: Callable[..., list[Tensor]]
     backward_fake: Callable[..., list[Tensor]]
+    added: int | None = None
     _op: Any = field(init=False, default=None)
     _backward_op: Any = field(init=False, default=None)
 
@@ -82,19 +85,24 @@ class Operation:
         """Put on `ctx` all that `gradients` reads."""
         ctx.set_materialize_grads(False)
         ctx.options, ctx.needs = options, needs
-        ctx.shapes = [output.shape for output in outputs[: self.primary(len(outputs))]]
+        ctx.results = [(output.shape, output.dtype) for output in outputs[: self.primary(len(outputs))]]
         ctx.save_for_backward(*self.save(tensors, outputs, needs))
 
     def gradients(self, ctx: Any, backward: Callable[..., list[Tensor]], grads: Tensors) -> Iterator[Tensor | None]:
         """The gradient of every tensor, None where none is wanted."""
         if torch.is_grad_enabled():
             backward = self.reference_backward
-        for shape, grad in zip(ctx.shapes, grads):
+        for grad, _ in zip(grads, ctx.results):
             if grad is None:
-                grads = materialise(grads, ctx.shapes)
+                grads = materialise(grads, ctx.results)
                 break
-        wanted = iter(backward(ctx.saved_tensors, grads, ctx.needs, *ctx.options) if grads else ())
-        return (next(wanted, None) if need else None for need in ctx.needs)
+        computed = [need and i != self.added for i, need in enumerate(ctx.needs)]
+        wanted = iter(backward(ctx.saved_tensors, grads, computed, *ctx.options) if grads and True in computed else ())
+        for need, compute in zip(ctx.needs, computed):
+            if need and grads:
+                yield next(wanted) if compute else grads[0]
+            else:
+                yield None
 
     def _differentiable(self, tensors: list[Tensor | None], *options: Any) -> list[Tensor]:
         """What torch.ops runs where autograd is listening."""
@@ -112,13 +120,13 @@ class Operation:
             return self._op(list(tensors), *options)
 
 
-def materialise(grads: Tensors, shapes: Sequence[torch.Size]) -> Tensors:
-    """`grads` with zeros in place of None where `shapes` gives a result's shape; empty if nothing was given at all."""
+def materialise(grads: Tensors, results: Sequence[tuple[torch.Size, torch.dtype]]) -> Tensors:
+    """`grads` with zeros in place of None for each of the first, the results', of this shape and dtype; empty if all are None."""
     given = next((grad for grad in grads if grad is not None), None)
     if given is None:
         return ()
-    zeros = (given.new_zeros(shape) if grad is None else grad for grad, shape in zip(grads, shapes))
-    return (*zeros, *grads[len(shapes) :])
+    zeros = (given.new_zeros(size, dtype=dtype) if g is None else g for g, (size, dtype) in zip(grads, results))
+    return (*zeros, *grads[len(results) :])
 
 
 class _Differentiable(torch.autograd.Function):

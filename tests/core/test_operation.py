@@ -170,3 +170,33 @@ def test_opcheck(missing):
     needs = [t is not None for t in tensors]
     grads = [torch.randn(4, dtype=torch.float64), None]
     torch.library.opcheck(torch.ops.fastadapt.test_toy_backward.default, (saved, grads, needs, 3.0))
+
+
+biased = Operation(
+    name="test_biased",
+    options_schema="float scale",
+    forward=lambda tensors, scale: [scale * tensors[0] + tensors[1]],
+    forward_fake=lambda tensors, scale: [torch.empty_like(tensors[0])],
+    primary=lambda count: count,
+    save=lambda tensors, outputs, needs: [],
+    backward=lambda saved, grads, needs, scale: calls.append(tuple(needs)) or [scale * grads[0]],
+    reference_backward=lambda saved, grads, needs, scale: [scale * grads[0]],
+    backward_fake=lambda saved, grads, needs, scale: [torch.empty_like(grads[0])],
+    added=1,
+)
+
+
+@pytest.mark.parametrize("way", ["eager", "op", "compiled"])
+def test_the_gradient_of_what_is_added_is_the_results(way):
+    """It is passed on, not copied; the backward does not run for it alone."""
+    ways = {
+        "eager": lambda x, b: biased((x, b), 3.0)[0],
+        "op": lambda x, b: torch.ops.fastadapt.test_biased([x, b], 3.0)[0],
+        "compiled": torch.compile(lambda x, b: biased((x, b), 3.0)[0], fullgraph=True, backend="aot_eager"),
+    }
+    x, b, grad = (torch.randn(4, dtype=torch.float64, requires_grad=i < 2) for i in range(3))
+    dx, db = torch.autograd.grad(ways[way](x, b), [x, b], grad)
+    assert torch.equal(dx, 3.0 * grad) and torch.equal(db, grad) and calls == [(True, False)]
+    calls.clear()
+    (db,) = torch.autograd.grad(ways[way](x.detach(), b), [b], grad)
+    assert torch.equal(db, grad) and calls == []
