@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -56,22 +57,29 @@ def why_not_native(device: torch.device, dtype: torch.dtype) -> list[str]:
 WHY_NOT = {"reference": lambda device, dtype: [], "native": why_not_native, "triton": why_not_triton}
 
 
-def choose(operation: str, requested: str | None, x: Tensor) -> str:
+def choose(
+    operation: str,
+    requested: str | None,
+    x: Tensor,
+    backends: Sequence[str] = BACKENDS,
+    reasons: Sequence[str] = (),
+) -> str:
     """The backend for a call of `operation` on x: the one requested, else Triton on a GPU, C++ on a CPU, or the reference.
 
-    A requested backend that cannot run raises BackendError with every reason.  On a CPU without the C++ library the reference is
-    the ordinary path.  An automatic choice that falls back from Triton on a GPU warns once a reason, and raises under
+    backends: those that the operation has; reasons: why Triton cannot run this call, beyond its device and dtype.  A requested
+    backend that cannot run raises BackendError with every reason.  On a CPU without C++ for the operation the reference is the
+    ordinary path.  An automatic choice that falls back from Triton on a GPU warns once a reason, and raises under
     FASTADAPT_STRICT=1.
     """
     device = x.device
     if requested is None and device.type == "cpu":
-        return "native" if native.load() else "reference"
-    if requested not in (None, *BACKENDS):
-        raise ValueError(f"backend: expected None or one of {', '.join(BACKENDS)}, got {requested!r}")
+        return "native" if "native" in backends and native.load() else "reference"
+    if requested not in (None, *backends):
+        raise ValueError(f"backend: expected None or one of {', '.join(backends)}, got {requested!r}")
     if requested is None and device.type != "cuda":
         return "reference"
     wanted = requested or "triton"
-    reasons = WHY_NOT[wanted](device, x.dtype)
+    reasons = [*WHY_NOT[wanted](device, x.dtype), *(reasons if wanted == "triton" else ())]
     if not reasons:
         return wanted
     message = f"{operation}: the {wanted} backend cannot run: {'; '.join(reasons)}"

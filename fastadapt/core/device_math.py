@@ -41,3 +41,43 @@ def keep_tile(seed, rows, first_column, member, threshold, COLUMNS: tl.constexpr
     high = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
     pieces = tl.reshape(tl.join(low, high), (counter0.shape[0], COLUMNS))
     return pieces >= threshold
+
+
+@triton.jit
+def activate(z, KIND: tl.constexpr):
+    """An activation of a float32 tile, by the name it has in the operations' references."""
+    if KIND == "relu":
+        return tl.maximum(z, 0.0)
+    elif KIND == "gelu":
+        return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif KIND == "quick_gelu":
+        return z * tl.sigmoid(1.702 * z)
+    else:
+        tl.static_assert(KIND == "identity", "an activation without a name")
+        return z
+
+
+@triton.jit
+def activation_slope(z, KIND: tl.constexpr):
+    """The derivative of `activate`."""
+    if KIND == "relu":
+        return tl.where(z > 0, 1.0, 0.0)
+    elif KIND == "gelu":
+        return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
+    elif KIND == "quick_gelu":
+        gate = tl.sigmoid(1.702 * z)
+        return gate * (1.0 + 1.702 * z * (1.0 - gate))
+    else:
+        tl.static_assert(KIND == "identity", "an activation without a name")
+        return tl.full(z.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def last_to_arrive(counter, count):
+    """Whether this program is the last of `count` that come here; it then sees all that they stored before.
+
+    counter: int32, zero before the first comes.  The order of arrival decides nothing but who goes on, so what the last one adds
+    up in a fixed order is deterministic.
+    """
+    tl.debug_barrier()  # every thread's stores, before one thread announces them
+    return tl.atomic_add(counter, 1, sem="acq_rel") == count - 1

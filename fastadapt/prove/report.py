@@ -139,7 +139,8 @@ class Report:
 class Budget:
     """Bounds on a Report, in its units; the defaults allow anything that fits and keeps its values in registers.
 
-    With `tensor_core`, a matrix instruction of the architecture's own kind is wanted (wgmma on 90).
+    With `tensor_core`, a matrix instruction of the architecture's own kind is wanted (wgmma on 90); with `few_rows` too, any kind
+    will do, as the tiles have fewer rows than the others take.
     """
 
     max_regs: int = 255
@@ -147,6 +148,7 @@ class Budget:
     max_local: int = 0
     min_blocks_per_sm: int = 1
     tensor_core: bool = False
+    few_rows: bool = False
     min_load_bytes: int = 0
     min_store_bytes: int = 0
     min_wide_load_share: float = 0.0
@@ -169,8 +171,9 @@ class Budget:
         ]
         broken = [f"{found} {what}, at most {limit} allowed" for found, limit, what in at_most if found > limit]
         broken += [f"{found} {what}, at least {limit} wanted" for found, limit, what in at_least if found < limit]
-        if self.tensor_core and report.tensor_core not in arch.tensor_core:
-            wanted = " or ".join(sorted(arch.tensor_core))
+        kinds = set(_TENSOR_CORE) if self.few_rows else arch.tensor_core
+        if self.tensor_core and report.tensor_core not in kinds:
+            wanted = " or ".join(sorted(kinds))
             broken.append(f"tensor-core instruction {report.tensor_core}, {wanted} wanted")
         return [f"{report.kernel} on sm_{report.arch}: {problem}" for problem in broken]
 

@@ -43,9 +43,9 @@ class Check:
     reason: str = ""
 
 
-def backends(device: torch.device) -> list[str]:
-    """The backends that can run on this device, but for the reference, which the others are compared with."""
-    return [name for name, why_not in WHY_NOT.items() if name != "reference" and not why_not(device, torch.float32)]
+def backends(cases: Cases, device: torch.device) -> list[str]:
+    """The operation's backends that can run on this device, but for the reference, which the others are compared with."""
+    return [name for name in cases.BACKENDS if not WHY_NOT[name](device, torch.float32)]
 
 
 def check_values(cases: Cases, case: Any, device: torch.device, backend: str) -> dict[str, Any]:
@@ -80,8 +80,9 @@ def run(
     """All checks of these operations on a device: every case, and every mask, with every backend that can run there."""
     todo: list[tuple[str, str, str, Callable[[], dict[str, Any]]]] = []
     for name, cases in table.items():
-        for backend in backends(device):
-            todo.append((name, backend, "dropout masks", partial(check_masks, cases, device, backend)))
+        for backend in backends(cases, device):
+            if hasattr(cases, "masks"):
+                todo.append((name, backend, "dropout masks", partial(check_masks, cases, device, backend)))
             for case in (*cases.EDGES, *(cases.SHIPPED if device.type == "cuda" else ())):
                 todo.append((name, backend, case.name, partial(check_values, cases, case, device, backend)))
     return [Check(*labels, **_outcome(check)) for *labels, check in progress(todo)]

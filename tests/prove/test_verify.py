@@ -19,11 +19,6 @@ CPU = torch.device("cpu")
 GOOD = torch.linspace(-1, 1, 64)
 
 
-@pytest.fixture(autouse=True)
-def only_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "backends", lambda device: ["triton"])
-
-
 def operation(result: Callable[[Tensor], Tensor], mask: Callable[[Tensor], Tensor] = torch.clone) -> Cases:
     """An operation y = 2 x with one case; its kernel gives `result` of the right y, and `mask` of the right mask."""
 
@@ -33,6 +28,7 @@ def operation(result: Callable[[Tensor], Tensor], mask: Callable[[Tensor], Tenso
 
     keep = torch.arange(64) % 3 > 0
     return SimpleNamespace(
+        BACKENDS=["triton"],
         EDGES=[SimpleNamespace(name="a case")],
         SHIPPED=[],
         inputs=lambda case, device: {"x": GOOD.clone()},
@@ -94,6 +90,18 @@ def test_wrong_values(result: Callable[[Tensor], Tensor], reason: str) -> None:
     assert values.reason.startswith(reason)
 
 
+def test_an_operation_without_dropout_has_no_masks_to_check() -> None:
+    cases = operation(torch.clone)
+    del cases.masks
+    assert [check.what for check in check(cases)] == ["a case"]
+
+
+def test_backends_that_the_operation_lacks_are_not_checked() -> None:
+    cases = operation(torch.clone)
+    cases.BACKENDS = []
+    assert check(cases) == []
+
+
 def test_wrong_masks() -> None:
     masks, values = check(operation(torch.clone, mask=lambda keep: keep.roll(1)))
     assert masks.reason == "mask of y: 42 elements differ"
@@ -101,7 +109,8 @@ def test_wrong_masks() -> None:
 
 
 def test_a_kernel_of_ours() -> None:
-    some = SimpleNamespace(**vars(lora_linear) | {"EDGES": lora_linear.EDGES[1:2], "SHIPPED": []})
+    chosen = {"BACKENDS": ["triton"], "EDGES": lora_linear.EDGES[1:2], "SHIPPED": []}
+    some = SimpleNamespace(**vars(lora_linear) | chosen)
     checks = verify.run({"lora_linear": some}, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     assert [check.reason for check in checks] == ["", ""]
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,19 +10,12 @@ from torch import Tensor
 
 from fastadapt.core import philox
 from fastadapt.kernels.lora_linear.op import lora_linear_group
-from fastadapt.prove.cases import outputs_and_gradients
+from fastadapt.prove.cases import PRECISIONS, computing, outputs_and_gradients
 from fastadapt.prove.report import Budget
 
 SEED = 0
 
-# dtype of the tensors, autocast's, and torch's float32_matmul_precision
-PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None, str]] = {
-    "bf16": (torch.bfloat16, None, "highest"),
-    "fp16": (torch.float16, None, "highest"),
-    "fp32": (torch.float32, None, "highest"),
-    "tf32": (torch.float32, None, "high"),
-    "autocast": (torch.float32, torch.bfloat16, "highest"),
-}
+BACKENDS = ("native", "triton")
 
 
 @dataclass(frozen=True)
@@ -104,27 +96,13 @@ def inputs(case: Case, device: torch.device) -> dict[str, Tensor]:
 
 def run(case: Case, tensors: Mapping[str, Tensor], backend: str) -> dict[str, Tensor]:
     """Outputs y[g] and the gradients of x, lora_a[g] and lora_b[g]."""
-    _, autocast, precision = PRECISIONS[case.precision]
     x, *flat = tensors.values()
-    device = "cuda" if x.is_cuda else "cpu"  # whose autocast meta tensors follow (core.backend)
     torch.manual_seed(SEED)
-    with float32_matmul_precision(precision):
-        with torch.autocast(device, autocast) if autocast else nullcontext():
-            members = (flat[i::4] for i in range(4))
-            scales, p = [1.0] * len(case.members), case.dropout_p
-            ys = lora_linear_group(x, *members, scales=scales, dropout_p=p, backend=backend)
+    with computing(case.precision, x):
+        members = (flat[i::4] for i in range(4))
+        scales, p = [1.0] * len(case.members), case.dropout_p
+        ys = lora_linear_group(x, *members, scales=scales, dropout_p=p, backend=backend)
         return outputs_and_gradients({f"y[{g}]": y for g, y in enumerate(ys)}, tensors)
-
-
-@contextmanager
-def float32_matmul_precision(precision: str) -> Iterator[None]:
-    """torch.set_float32_matmul_precision for a while."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def masks(device: torch.device, backend: str) -> dict[str, tuple[Tensor, Tensor]]:

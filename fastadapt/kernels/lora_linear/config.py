@@ -15,14 +15,13 @@ from pathlib import Path
 import torch
 
 from fastadapt.core.launch import arch_of, gpu_name, processors
+from fastadapt.core.tiles import HOPPER_AND_LATER, SMALL_SHARED_MEMORY, exact, padded
 
 BYTES_PER_SECOND = 4.3e12
 FLOPS_PER_SECOND = 790e12
 LAUNCH_SECONDS = 3e-6
 FUSED_RANKS = {2: 64, 4: 16}  # by itemsize, the widest low-rank accumulator that fits beside the base product's
 TABLES = Path(__file__).parent / "tables"
-HOPPER_AND_LATER = (90, 100, 103)  # the accumulator of wgmma and tcgen05 leaves room that mma's fragments take
-SMALL_SHARED_MEMORY = (86, 89, 120)  # compute capabilities with 99 KiB a block
 
 
 @dataclass(frozen=True)
@@ -70,18 +69,13 @@ def problem(
         dropout=dropout,
         itemsize=dtype.itemsize,
         weight_itemsize=weight_dtype.itemsize,
-        exact=dtype is torch.float32 and precision() == "ieee",
+        exact=exact(dtype),
         arch=arch_of(device),
         processors=processors(device),
         gpu=gpu_name(device),
         backward=backward,
         members=members,
     )
-
-
-def precision() -> str:
-    """Triton's input_precision for float32, which torch's own setting governs; 16-bit operands ignore it."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 @dataclass(frozen=True)
@@ -95,19 +89,14 @@ class Tiles:
     num_stages: int
 
 
-def padded_rank(rank: int) -> int:
-    """The low-rank tile's width: a power of two, and at least the 16 that a tensor-core product needs."""
-    return max(16, 1 << (rank - 1).bit_length())
-
-
 def rank_tile(problem: Problem, fused: bool) -> int:
     """Ranks of one step of the update: all of them where the product stays in registers, else as many as `step_ranks`."""
-    return padded_rank(problem.rank) if fused else step_ranks(problem)
+    return padded(problem.rank) if fused else step_ranks(problem)
 
 
 def step_ranks(problem: Problem) -> int:
     """Ranks that a product is computed or read in steps of; the plain cores of exact float32 have no registers for more."""
-    return 16 if problem.exact else min(padded_rank(problem.rank), 64)
+    return 16 if problem.exact else min(padded(problem.rank), 64)
 
 
 def algorithm(problem: Problem) -> str:
@@ -132,14 +121,14 @@ def fits_fused(problem: Problem) -> bool:
     dropout's random numbers in the loop or beside several members.
     """
     if problem.arch in HOPPER_AND_LATER:
-        return padded_rank(problem.rank) <= FUSED_RANKS[problem.itemsize]
-    return padded_rank(problem.rank) <= 16 and not (problem.dropout and (not problem.backward or problem.members > 1))
+        return padded(problem.rank) <= FUSED_RANKS[problem.itemsize]
+    return padded(problem.rank) <= 16 and not (problem.dropout and (not problem.backward or problem.members > 1))
 
 
 def fused_seconds(problem: Problem) -> float:
     """Modelled cost of the low-rank product beside the base product: every column tile repeats it, and dropout's mask."""
     repeats = -(-problem.width // gemm_tiles(problem).columns)
-    flops = 2 * problem.rows * problem.depth * padded_rank(problem.rank) * repeats
+    flops = 2 * problem.rows * problem.depth * padded(problem.rank) * repeats
     # the mask costs about eight integer instructions an element, as long as 240 tensor-core operations
     mask = 240 * problem.rows * problem.depth * repeats if problem.dropout and not problem.backward else 0
     return (flops + mask) / FLOPS_PER_SECOND

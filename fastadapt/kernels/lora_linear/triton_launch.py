@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fastadapt.core import philox
 from fastadapt.core.launch import launch
+from fastadapt.core.tiles import padded, precision
 from fastadapt.kernels.lora_linear import config, reference
 from fastadapt.kernels.lora_linear import triton_kernel as kernels
 from fastadapt.kernels.lora_linear.config import Problem, Tiles
@@ -114,7 +115,7 @@ def launch_forward(
         rows.stride(1), call.threshold,
         device=rows.device, MEMBERS=len(call.weights), BIAS=call.biases is not None, DROPOUT=call.dropout, FUSED=fused,
         EVEN=call.depth % tiles.depth == 0, CHUNKS=-(-problem.rank // rank), RANK=rank, ROWS=tiles.rows,
-        COLUMNS=tiles.columns, DEPTH=tiles.depth, GROUP=BAND, PRECISION=config.precision(), **options(tiles),
+        COLUMNS=tiles.columns, DEPTH=tiles.depth, GROUP=BAND, PRECISION=precision(), **options(tiles),
     )  # fmt: skip
 
 
@@ -149,7 +150,7 @@ def project(
         tuple(rank for _, rank in strides), depths, call.ranks, problem.rows, call.threshold,
         device=sources[0].device, MEMBERS=len(sources), DROPOUT=dropout,
         EVEN=all(depth % tiles.depth == 0 for depth in depths), CHUNKS=chunks, RANK=tiles.columns, ROWS=tiles.rows,
-        DEPTH=tiles.depth, PRECISION=config.precision(), **options(tiles),
+        DEPTH=tiles.depth, PRECISION=precision(), **options(tiles),
     )  # fmt: skip
     return list(products)
 
@@ -163,7 +164,7 @@ def merged(call: Call, g: int) -> Tensor:
     launch(
         kernels.merge_kernel, (-(-width // block), -(-depth // block)),
         weight, call.downs[g], call.ups[g], result, width, depth, rank, call.alphas[g],
-        device=weight.device, RANK=min(config.padded_rank(rank), 64), ROWS=block, COLUMNS=block, num_warps=4, num_stages=2,
+        device=weight.device, RANK=min(padded(rank), 64), ROWS=block, COLUMNS=block, num_warps=4, num_stages=2,
     )  # fmt: skip
     return result
 
@@ -223,7 +224,7 @@ def grad_input(call: Call, dys: Sequence[Tensor], problem: Problem, algorithm: s
         tuple(dy.stride(1) for dy in dys), call.threshold,
         device=dx.device, MEMBERS=len(dys), DROPOUT=call.dropout, FUSED=fused,
         EVEN=all(width % tiles.depth == 0 for width in call.widths), CHUNKS=-(-problem.rank // rank), RANK=rank,
-        ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, GROUP=BAND, PRECISION=config.precision(), **options(tiles),
+        ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, GROUP=BAND, PRECISION=precision(), **options(tiles),
     )  # fmt: skip
     return dx, lows
 
@@ -275,7 +276,7 @@ def launch_factor_grads(call: Call, problem: Problem, jobs: Sequence[Job], maske
         tuple(job.owner for job in jobs), tuple(job.right.stride(0) for job in jobs),
         tuple(job.right.stride(1) for job in jobs), offsets, partials.shape[1], problem.rows, rows_each, call.threshold,
         device=device, JOBS=len(jobs), MASKED=masked, DROPOUT=call.dropout and masked > 0, RANK=tiles.depth, ROWS=tiles.rows,
-        COLUMNS=tiles.columns, PRECISION=config.precision(), **options(tiles),
+        COLUMNS=tiles.columns, PRECISION=precision(), **options(tiles),
     )  # fmt: skip
     launch(
         kernels.sum_kernel, (-(-max(sizes) // SUM_BLOCK), len(jobs)),

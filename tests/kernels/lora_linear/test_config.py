@@ -62,7 +62,7 @@ def test_what_is_fused_has_a_narrow_rank_and_what_is_merged_no_mask():
 
 @pytest.mark.parametrize(("rank", "padded"), [(1, 16), (3, 16), (16, 16), (17, 32), (64, 64), (65, 128), (256, 256)])
 def test_ranks_are_padded_to_what_tensor_cores_take(rank, padded):
-    assert config.padded_rank(rank) == padded
+    assert config.padded(rank) == padded
     problem = replace(COMMON, rank=rank)
     assert config.rank_tile(problem, fused=True) == padded
     assert config.rank_tile(problem, fused=False) == min(padded, 64)
