@@ -16,8 +16,12 @@ and, with dy, dz', dmu and drstd the gradients of y, z, mu and rstd (the last th
     dD = M o gamma + dd beta^T      dgamma = sum_h D o M            dbeta = D^T dd          (dD = dz^T x without LayerNorm)
     p  = gamma o (dz D)             dx = rstd (p - mean(p) - xhat mean(p o xhat)) + dmu / K - drstd rstd^3 (x - mu) / K
 
-so the gradients of LayerNorm's affine are the weight gradient's by-products and ask for nothing of the input's.  The residual's
-gradient is dy, which the caller passes on.  Weights of another dtype than x are cast to x's where they are used; every gradient
+so the gradients of LayerNorm's affine are the weight gradient's by-products and ask for nothing of the input's, and as
+z - d - D beta = (D o gamma) xhat, its means over K are products of the hidden's width:
+
+    mean(p) = dz . (D gamma) / K                        mean(p o xhat) = dz . (z - d - D beta) / K
+
+The residual's gradient is dy, which the caller passes on.  Weights of another dtype than x are cast to x's where they are used; every gradient
 has its tensor's dtype.  (Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", ICML 2019, section 2.1.)
 """
 
@@ -101,12 +105,9 @@ def forward(tensors: Sequence[Tensor | None], factor: float, activation: str, no
     rows, dtype, wide = flat_rows(call.x), call.x.dtype, wider(call.x.dtype)
     statistics = []
     if call.norm_weight is not None:
-        values = rows.to(wide)
-        mean = values.mean(1, keepdim=True)
-        rstd = ((values - mean).square().mean(1, keepdim=True) + norm_eps).rsqrt()
-        statistics = [torch.cat((mean, rstd), 1).t().contiguous()]
-        normed = (values - mean) * rstd * call.norm_weight
-        rows = (normed if call.norm_bias is None else normed + call.norm_bias).to(dtype)
+        affine = cast(call.norm_weight, wide), cast(call.norm_bias, wide)
+        rows, mean, rstd = torch.native_layer_norm(rows.to(wide), rows.shape[1:], *affine, norm_eps)
+        rows, statistics = rows.to(dtype), [torch.stack((mean.flatten(), rstd.flatten()))]
     z = F.linear(rows, cast(call.down_weight, dtype), cast(call.down_bias, dtype))
     r = ACTIVATIONS[activation][0](z.to(wide)).to(dtype)
     y = factor * F.linear(r, cast(call.up_weight, dtype), cast(call.up_bias, dtype)).to(wide)
@@ -168,7 +169,8 @@ def backward(
         dz = dz if gate is None else dz * gate
         if grads[1] is not None:
             dz, alpha = alpha * dz + grads[1], 1.0
-        wanted |= _through_hidden(call, need, cast(dz, dtype), alpha, statistics, grads[2] if len(grads) > 2 else None)
+        dstatistics = grads[2] if len(grads) > 2 else None
+        wanted |= _through_hidden(call, need, z, cast(dz, dtype), alpha, statistics, dstatistics)
     if need.x:
         wanted["x"] = wanted["x"].view(*grads[0].shape[:-1], call.down_weight.shape[1])
     own = call._replace(x=call.x if call.x is not None else z)
@@ -178,7 +180,13 @@ def backward(
 
 
 def _through_hidden(
-    call: Operands, need: Operands, dz: Tensor, alpha: float | Tensor, statistics: Tensor | None, dstatistics: Tensor | None
+    call: Operands,
+    need: Operands,
+    z: Tensor,
+    dz: Tensor,
+    alpha: float | Tensor,
+    statistics: Tensor | None,
+    dstatistics: Tensor | None,
 ) -> dict[str, Tensor]:
     """The gradients of what lies before the activation, for dz alpha."""
     wide, dtype = wider(dz.dtype), dz.dtype
@@ -195,8 +203,7 @@ def _through_hidden(
     if statistics is None:  # then neither x, nor the weight, nor norm_weight is asked for
         return found
     mean, rstd = statistics[:, :, None]
-    centred = flat_rows(call.x).to(wide) - mean
-    xhat = centred * rstd
+    xhat = (flat_rows(call.x).to(wide) - mean) * rstd
     if need.down_weight or need.norm_weight:
         product = (dz.t() @ xhat.to(dtype)).to(wide)
         found["norm_weight"] = alpha * (down * product).sum(0)
@@ -204,10 +211,15 @@ def _through_hidden(
         weight = weight if call.norm_bias is None else weight + dd[:, None] * call.norm_bias
         found["down_weight"] = alpha * weight
     if need.x:
-        p = (dz @ down).to(wide) * call.norm_weight * alpha
-        dx = rstd * (p - p.mean(1, keepdim=True) - xhat * (p * xhat).mean(1, keepdim=True))
+        gamma, hidden, depth = call.norm_weight.to(wide), z.to(wide), xhat.shape[1]
+        for bias in (call.down_bias, None if call.norm_bias is None else down.to(wide) @ call.norm_bias.to(wide)):
+            hidden = hidden if bias is None else hidden - bias
+        wide_dz = dz.to(wide)
+        mean_p = (wide_dz @ (down.to(wide) @ gamma))[:, None] / depth
+        mean_px = (wide_dz * hidden).sum(1, keepdim=True) / depth
+        dx = alpha * rstd * ((dz @ down).to(wide) * gamma - mean_p - xhat * mean_px)
         if dstatistics is not None:
             dmean, drstd = dstatistics[:, :, None]
-            dx = dx + (dmean - drstd * rstd**3 * centred) / centred.shape[1]
+            dx = dx + (dmean - drstd * rstd * rstd * xhat) / depth
         found["x"] = dx
     return found
