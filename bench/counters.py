@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastadapt
 from fastadapt.core.launch import recording
 
-# operations that start no kernel though they are not marked as views: allocation, and views PyTorch makes of fresh
-# results
+# operations that start no kernel though they are not marked as views: allocation, views PyTorch makes of fresh
+# results, and arithmetic of dtypes
 _FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
+_FREE |= {"promote_types"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Launches:
 def counting() -> Iterator[Launches]:
     """Count the launches made inside the block; on the meta device nothing runs and all are counted."""
     launches = Launches()
-    with recording() as started, _CountOperations(launches.torch):
+    with recording(arguments=False) as started, _CountOperations(launches.torch):
         yield launches
     launches.triton.update(launch.name for launch in started)
 

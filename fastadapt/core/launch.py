@@ -27,6 +27,7 @@ class Launch:
 
 
 _log: list[Launch] | None = None
+_log_arguments = True
 _assumed_arch = 90
 
 
@@ -39,7 +40,7 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, device: torch.device, *
     if 0 in grid:
         return
     if _log is not None:
-        _log.append(Launch(kernel, grid, args, meta))
+        _log.append(Launch(kernel, grid, args if _log_arguments else (), meta))
     if device.type == "meta":
         return
     if device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -50,16 +51,21 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, device: torch.device, *
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Collect every kernel start made inside the block, in order; nested blocks each see their own starts."""
-    global _log
-    outer, _log = _log, []
+def recording(arguments: bool = True) -> Iterator[list[Launch]]:
+    """Collect every kernel start made inside the block, in order; nested blocks each see their own starts.
+
+    arguments: whether a Launch keeps its arguments, and with them the tensors alive.  Autograd copies a gradient that somebody
+    else holds, so a backward whose work is counted is to be recorded without them.
+    """
+    global _log, _log_arguments
+    outer, _log = (_log, _log_arguments), []
+    _log_arguments = arguments
     try:
         yield _log
     finally:
-        if outer is not None:
-            outer.extend(_log)
-        _log = outer
+        if outer[0] is not None:
+            outer[0].extend(_log)
+        _log, _log_arguments = outer
 
 
 @contextmanager

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import pytest
 
 from fastadapt.kernels.bottleneck_adapter import cases
-from fastadapt.kernels.bottleneck_adapter.cases import DINO, VIT, Case
+from fastadapt.kernels.bottleneck_adapter.cases import DINO, M2IST_VISION, VIT, Case
 from fastadapt.prove.report import ARCHS
 from fastadapt.prove.table import build
 
 TIGHT = (
     Case(1023, 769, 17, 77, norm=True, scale="rows", residual=True),
     Case(DINO, 1024, 256, 1024, "gelu", norm=True, scale="rows", residual=True),
+    Case(M2IST_VISION, 256, 128, 256, "gelu", norm=True, scale="rows", residual=True, precision="tf32"),
     Case(VIT, 776, 64, 776),  # a multiple of 16 bytes, which Triton is not told of
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import FrozenInstanceError
 
 import pytest
@@ -66,6 +67,19 @@ def test_nested_recordings_each_see_their_own(kernel: Kernel):
     launch(kernel, (4,), device=META)
     assert [start.grid for start in outer] == [(1,), (2,), (3,)]
     assert [start.grid for start in inner] == [(2,)]
+
+
+def test_recording_without_arguments_keeps_no_tensor_alive(kernel: Kernel):
+    """Held by a recording, a gradient would be copied where autograd takes it over."""
+    tensor = torch.empty(4)
+    kept = weakref.ref(tensor)
+    with recording(arguments=False) as log:
+        launch(kernel, (2,), tensor, device=META, BLOCK=8)
+    del tensor
+    assert log == [Launch(kernel, (2,), (), {"BLOCK": 8})] and kept() is None
+    with recording() as log:
+        launch(kernel, (2,), 5, device=META)
+    assert log[0].args == (5,)
 
 
 def test_recording_ends_with_an_error_too(kernel: Kernel):

@@ -51,3 +51,10 @@ def runs_under_autocast(module: nn.Module, inputs: Sequence[Tensor], run: Run) -
     assert torch.linalg.vector_norm(got.double() - exact) < 0.05 * torch.linalg.vector_norm(exact)
     got.float().sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
+
+
+def with_gradients(y: Tensor, module: nn.Module, **inputs: Tensor) -> dict[str, Tensor]:
+    """y and the gradients of the inputs and of every parameter."""
+    wanted = {**inputs, **dict(module.named_parameters())}
+    grad = torch.linspace(-3, 3, y.numel(), dtype=torch.float64).view(y.shape).cos().to(y.dtype)
+    return {"y": y.detach(), **dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), grad)))}

@@ -67,6 +67,7 @@ SHIPPED = (
     Case(M2IST_TEXT, 768, 128, 768, norm=True, frozen=True, scale=0.1),
     Case(VIT, 768, 64, 768, precision="fp16"),
     Case(VIT, 768, 64, 768, norm=True, precision="tf32"),
+    Case(M2IST_VISION, 256, 128, 256, norm=True, frozen=True, scale=0.1, precision="tf32"),
     Case(MAPPER_TEXT, 768, 32, 768, norm=True, scale="rows", precision="fp32"),
     Case(VIT, 768, 64, 768, norm=True, precision="autocast"),
 )

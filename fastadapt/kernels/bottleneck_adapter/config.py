@@ -12,7 +12,8 @@ import torch
 from fastadapt.core.launch import arch_of, processors
 from fastadapt.core.tiles import HOPPER_AND_LATER, SMALL_SHARED_MEMORY, exact, padded
 
-WIDEST_HIDDEN = {2: 256, 4: 64}  # by itemsize, the widest hidden that stays on chip
+# the widest hidden that stays on chip: in 16 bits, in TF32, and on the plain cores, which hold whole tiles in registers
+WIDEST_HIDDEN = {"16 bits": 256, "tf32": 128, "exact": 64}
 FEW_ROWS = 4096  # below it launches cost more than exact float32's slow products
 
 
@@ -59,7 +60,8 @@ def algorithm(problem: Problem) -> str:
     "library": the reference's products by cuBLAS, where the hidden is too wide, and in exact float32, whose plain cores
                take longer than the passes over memory that fusing saves.
     """
-    if padded(problem.h) > WIDEST_HIDDEN[problem.itemsize] or (problem.exact and problem.rows >= FEW_ROWS):
+    kind = "exact" if problem.exact else "tf32" if problem.itemsize == 4 else "16 bits"
+    if padded(problem.h) > WIDEST_HIDDEN[kind] or (problem.exact and problem.rows >= FEW_ROWS):
         return "library"
     return "fused"
 
@@ -91,7 +93,7 @@ def weight_tiles(problem: Problem) -> Tiles:
     """Tiles of weight_grad_kernel: (rows a step, columns of x or dy)."""
     hidden = padded(problem.h)
     if problem.itemsize == 4 or problem.depth % 16 or problem.width % 16 or problem.h % 16:
-        return Tiles(32, 32, 4, 2)
+        return Tiles(32, 32, 4 if hidden <= 64 else 8, 2)
     if hidden > 128:
         return Tiles(64, 64 if problem.arch in HOPPER_AND_LATER else 32, 8, 2)
     return Tiles(64, 128 if hidden <= 64 else 64, 8, 2)

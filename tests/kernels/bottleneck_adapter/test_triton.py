@@ -50,8 +50,8 @@ def test_float16(kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("h", [1, 8, 16, 33, 64, 128, 256])
 def test_every_hidden_width(h, dtype):
-    if h > config.WIDEST_HIDDEN[dtype.itemsize]:
-        h = 40  # wider ones are the library's
+    if dtype is torch.float32:
+        h = min(h, config.WIDEST_HIDDEN["exact"])  # wider ones are the library's
     check(make((35, 40), h, 56, norm=True, scale="rows", dtype=dtype))
 
 
