@@ -89,6 +89,27 @@ def test_every_reason_is_given(device, dtype, state, reasons, monkeypatch: pytes
         assert str(raised.value) == f"op: the triton backend cannot run: {'; '.join(reasons)}"
 
 
+class TestReasonsOfTheCall:
+    """Why Triton cannot run this call, whatever its device and dtype."""
+
+    def test_come_after_those_of_the_device(self):
+        with pytest.raises(BackendError, match="cannot run: x is on the CPU and .*; too wide; too long$"):
+            choose("op", "triton", on("cpu"), reasons=["too wide", "too long"])
+
+    def test_make_an_automatic_choice_fall_back(self):
+        with pytest.warns(RuntimeWarning, match="op: the triton backend cannot run: too wide. The reference runs instead"):
+            assert choose("op", None, on("cuda"), reasons=["too wide"]) == "reference"
+
+    def test_raise_in_strict_mode(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("FASTADAPT_STRICT", "1")
+        with pytest.raises(BackendError, match="cannot run: too wide$"):
+            choose("op", None, on("cuda"), reasons=["too wide"])
+
+    @pytest.mark.parametrize(("requested", "device"), [("reference", "cuda"), ("native", "cpu"), (None, "cpu")])
+    def test_say_nothing_of_other_backends(self, requested, device):
+        assert choose("op", requested, on(device), reasons=["too wide"]) == (requested or "native")
+
+
 def test_falling_back_on_a_gpu_warns_once():
     with pytest.warns(RuntimeWarning, match="op: .*float64, kernels exist .* The reference runs instead"):
         assert choose("op", None, on("cuda", torch.float64)) == "reference"
