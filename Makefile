@@ -54,6 +54,7 @@ clean:
 	rm -rf out build dist *.egg-info fastadapt/*.so $(VENV)/.package .pytest_cache .benchmarks
 	find fastadapt bench tests -name __pycache__ -prune -exec rm -rf {} +
 
+OPERATIONS := $(notdir $(patsubst %/op.py,%,$(wildcard fastadapt/kernels/*/op.py)))
 GPU_PARTS := gpu-test gpu-verify gpu-bench gpu-tune
 gpu $(GPU_PARTS): OUT ?= out/gpu
 PART = mkdir -p $(OUT); PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} timeout 480 $(PYTHON)
@@ -70,7 +71,7 @@ gpu-verify:
 
 gpu-bench:
 	$(PART) -m bench --out $(OUT)/bench
-	$(PART) -m bench ops --out $(OUT)/ops
+	for op in $(OPERATIONS); do $(PART) -m bench ops --op $$op --out $(OUT)/ops/$$op; done
 
 gpu-tune:
 	$(PART) -m bench tune --out $(OUT)/tune

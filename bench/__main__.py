@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
 Out = Annotated[Path, typer.Option(help="Folder for rows.jsonl and index.html.")]
@@ -18,26 +19,28 @@ console = Console()
 def main(context: typer.Context, out: Out = Path("out/bench")) -> None:
     """Prove, count and measure LoRA on CLIP ViT-B/16: PEFT, torch.compile, fastadapt, and the frozen model alone."""
     if context.invoked_subcommand is None:
-        from bench import job
+        from bench import job, terminal
 
         _quiet()
-        _finish(job.main(out, console), out)
+        rows = job.main(out, console)
+        _finish(terminal.table(rows), rows, out)
 
 
 @app.command()
 def ops(
-    case: Annotated[list[str], typer.Option(help="A case by name; all of them if none is given.")] = [],
+    op: Annotated[list[str], typer.Option(help="An operation by name; all of them if none is given.")] = [],
+    case: Annotated[list[str], typer.Option(help="A case of it by name; all of them if none is given.")] = [],
     out: Out = Path("out/ops"),
 ) -> None:
-    """Measure single operations, each beside its frozen linear."""
-    from bench import job
+    """Measure single operations, each beside what torch and other libraries offer in its place."""
+    from bench import job, terminal
 
     _quiet()
     try:
-        job.operations(out, case, console)
+        rows = job.operations(out, op, case, console)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    console.print(f"report: {out / 'index.html'}")
+    _finish(terminal.operations(rows), rows, out)
 
 
 @app.command()
@@ -61,10 +64,10 @@ def report(folder: Annotated[Path, typer.Argument(help="A folder with rows.jsonl
     console.print(f"report: {folder / 'index.html'}")
 
 
-def _finish(rows: list, out: Path) -> None:
+def _finish(table: Table, rows: list, out: Path) -> None:
     from bench import terminal
 
-    console.print(terminal.table(rows))
+    console.print(table)
     for note in terminal.notes(rows):
         console.print(note, highlight=False)
     console.print(f"report: {out / 'index.html'}")

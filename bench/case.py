@@ -10,14 +10,23 @@ import torch
 from torch import Tensor
 
 from bench.clocks import Step
-from bench.verify import Verdict
+from fastadapt.prove.judge import Verdict
 
 # names of arms that the report gives a role
 FROZEN = "frozen"
 PEFT = "PEFT"
-COMPILED = "torch.compile(PEFT)"
+EAGER = "eager"  # the equation in torch's own functions
+RELEASED = "released"  # what a method's released code calls
+SDPA = "SDPA"  # with F.scaled_dot_product_attention
+XFORMERS = "xformers"
+COMPILED = "torch.compile"
+ADDMM = "addmm-style"
 FASTADAPT = "fastadapt"
 AGAIN = "fastadapt again"  # the same arm sampled twice: the noise floor
+
+
+class Unavailable(RuntimeError):
+    """An arm that cannot run on this machine or device, and why: skipped, which is no failure."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,9 @@ class Work:
 
     flops: float
     bytes_min: float
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.bytes_min + other.bytes_min)
 
 
 @dataclass(frozen=True)

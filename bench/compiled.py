@@ -11,26 +11,37 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
+_STRICT = {"fullgraph": True, "dynamic": False}
 
 
 def compile_in_place(modules: Iterable[nn.Module]) -> None:
-    """Compile modules for the shapes they meet, each as one graph; what cannot be raises when it is called.
+    """Compile modules for the shapes they meet, each as one graph; what cannot be raises when it is called."""
+    _forget()
+    for module in modules:
+        module.compile(**_STRICT)
 
-    What was compiled before is forgotten: its shapes would make these ones symbolic, and it counts towards the limit on
+
+def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled for the shapes it meets, as one graph; what cannot be raises when it is called."""
+    _forget()
+    return torch.compile(function, **_STRICT)
+
+
+def _forget() -> None:
+    """Drop what was compiled before: its shapes would make these ones symbolic, and it counts towards the limit on
     recompilations.
     """
     torch._dynamo.reset()
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    for module in modules:
-        module.compile(fullgraph=True, dynamic=False)
 
 
 @dataclass

@@ -18,8 +18,8 @@ from fastadapt.core.launch import recording
 
 # operations that start no kernel though they are not marked as views: allocation, views PyTorch makes of fresh
 # results, and arithmetic of dtypes
-_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
-_FREE |= {"promote_types"}
+_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+_FREE |= {"_unsafe_view", "lift_fresh", "promote_types"}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,18 @@ from rich.console import Console
 
 from bench import ceilings, compiled, counters, report
 from bench.case import COMPILED, Case
-from bench.cases import clip_lora, model_cases, operation_cases
+from bench.cases import OPERATIONS, clip_lora, model_cases, operation_cases
 from bench.clocks import CLOCKS
 from bench.provenance import collect
 from bench.rows import Recorder, Row
 from bench.run import SEED, Session, Tick
+from bench.summary import operation
 from bench.terminal import Bar
 
 COUNTED = (("bfloat16", 32), ("bfloat16", 32, "gelu"))  # the cases whose bytes and launches are counted, on any machine
 SECONDS = {"cpu": 60.0, "cuda": 5.0}  # of timing for each phase and clock of a training step
-OPERATION_SECONDS = {"cpu": 4.0, "cuda": 0.7}
+OPERATION_SECONDS = {"cpu": 2.0, "cuda": 0.7}
+FIRST_ALONE = "on a CPU an operation's first case alone is compiled, which takes longer than all else"
 COMPILE_BUDGET = 120.0
 STATIC_BUDGET = 120.0
 STATIC_ARCHS = (90, 80, 100, 89, 120)  # compute capabilities, the first ones first should time run out
@@ -66,25 +68,37 @@ def _training_step(case: Case, device: torch.device, session: Session, bar: Bar,
         session.measure(case, arms, SECONDS[device.type])
 
 
-def operations(out: Path, names: Sequence[str], console: Console) -> list[Row]:
-    """Measure single operations: all cases of this machine's kind, or those named."""
+def operations(out: Path, operations: Sequence[str], names: Sequence[str], console: Console) -> list[Row]:
+    """Measure single operations, all or those named: all of their cases for this kind of machine, or those named.
+
+    Launches and kept bytes are counted at a GPU's shapes on any machine.
+    """
     device = _device()
-    cases = operation_cases(device.type)
-    if unknown := [name for name in names if name not in cases]:
-        raise ValueError("case: expected some of\n  " + "\n  ".join(cases) + f"\ngot {', '.join(unknown)}")
+    _check("op", operations, OPERATIONS)
+    cases = operation_cases(device.type, operations or OPERATIONS)
+    _check("case", names, cases)
     chosen = [cases[name] for name in names] or list(cases.values())
+    first = {operation(case.name): case.name for case in reversed(chosen)}
     config = {"job": "operations", "seconds": OPERATION_SECONDS, "cases": [case.params for case in chosen]}
     record = recorder(out, device, config)
     with Bar(console) as bar:
         with bar.stage("measure this machine's ceilings", 0.04):
             session = _session(device, record, bar)
-        for case in chosen:
-            with bar.stage(case.name, 0.95 / len(chosen)):
+        with bar.stage("count launches and kept bytes", 0.1):
+            for case in chosen if names else operation_cases("cuda", operations or OPERATIONS).values():
                 session.count(case)
-                arms = session.prepare(case, list(case.arms), case.make_inputs(device))
+        for case in chosen:
+            with bar.stage(case.name, 0.85 / len(chosen)):
+                skip = {} if device.type == "cuda" or case.name in first.values() else {COMPILED: FIRST_ALONE}
+                arms = session.prepare(case, list(case.arms), case.make_inputs(device), skip)
                 session.measure(case, arms, OPERATION_SECONDS[device.type])
         with bar.stage("draw the report", 0.01):
             return report.write(out)
+
+
+def _check(argument: str, names: Sequence[str], known: Collection[str]) -> None:
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"{argument}: expected some of\n  " + "\n  ".join(known) + f"\ngot {', '.join(unknown)}")
 
 
 def _device() -> torch.device:

@@ -10,24 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-import fastadapt
+from fastadapt.core import backend
 
 
 @contextmanager
 def as_on_cuda() -> Iterator[None]:
     """Run meta tensors through dropout, attention and fused operations as if they were on a CUDA device."""
-    from fastadapt.integrations import peft
-
     with (
         mock.patch("torch.nn.functional.dropout", _dropout),
         mock.patch("torch.nn.functional.scaled_dot_product_attention", _attention),
-        mock.patch.object(peft, "lora_linear", partial(fastadapt.lora_linear, backend="triton")),
+        mock.patch.object(backend, "ACCELERATORS", ("cuda", "meta")),
     ):
         yield
 
@@ -48,8 +45,12 @@ def _attention(
 ) -> Tensor:
     if attn_mask is not None or enable_gqa:
         raise NotImplementedError(
-            "attention on the meta device: only what the flash kernel takes, without mask or grouped heads"
+            "attention on the meta device: only what the fused kernels take, without mask or grouped heads"
         )
+    if query.dtype == torch.float32:  # flash attention takes 16-bit dtypes alone
+        return torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, None, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale
+        )[0]
     return torch.ops.aten._scaled_dot_product_flash_attention(
         query, key, value, dropout_p, is_causal, False, scale=scale
     )[0]

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.case import AGAIN, COMPILED, FASTADAPT, FROZEN, PEFT
-from bench.summary import ORDER, Group
+from bench.case import ADDMM, AGAIN, COMPILED, EAGER, FASTADAPT, FROZEN, PEFT, RELEASED, SDPA, XFORMERS
+from bench.summary import ORDER, Group, operation
 
 INK, FAINT = "#1f2933", "#9aa5b1"
 COLOURS = {  # told apart without colour vision, and in grey
     FROZEN: "#7b8794",
     PEFT: "#d55e00",
+    RELEASED: "#d55e00",  # PEFT's place, in cases that have no PEFT
+    EAGER: "#d55e00",
+    SDPA: "#009e73",
+    XFORMERS: "#f0e442",
     COMPILED: "#cc79a7",
-    "addmm-style": "#e69f00",
+    ADDMM: "#e69f00",
     FASTADAPT: "#0072b2",
     AGAIN: "#56b4e9",
 }
@@ -119,23 +123,36 @@ def launches(parts: Mapping[str, Sequence[float]]) -> str:
 
 def overheads(found: Sequence[Group]) -> str:
     """One line for each case: what every arm adds to the frozen linear, in per cent."""
-    shown = [group for group in found if FROZEN in group.rows]
+    return _by_case(found, FROZEN, lambda ratio: 100 * (ratio - 1), "per cent over the frozen linear")
+
+
+def ratios(found: Sequence[Group], baseline: str) -> str:
+    """One line for each case: every arm's time in units of the baseline's."""
+    return _by_case(found, baseline, lambda ratio: ratio, f"time in units of {baseline}'s")
+
+
+def _by_case(found: Sequence[Group], to: str, scale: Callable[[float], float], label: str) -> str:
+    """The ratio of every arm's time to that of `to` and its interval, one line for each case that has `to`."""
+    shown = [group for group in found if to in group.rows]
     figure, (axes,) = _figure(len(shown))
-    largest = 1.0
+    least, largest = 0.0, 1.0
+    named: set[str] = set()
+    axes.axvline(scale(1), color=COLOURS[to], linewidth=1)
     for y, group in enumerate(shown):
         axes.axhline(y, color="#e4e7eb", linewidth=1)
-        for arm in [arm for arm in group.rows if arm not in (FROZEN, AGAIN)]:
-            over = group.ratio(arm, FROZEN)
-            low, high, value = (100 * (number - 1) for number in (over.low, over.high, over.value))
+        for arm in [arm for arm in group.rows if arm not in (to, AGAIN)]:
+            against = group.ratio(arm, to)
+            low, high, value = map(scale, (against.low, against.high, against.value))
             axes.plot([low, high], [y, y], color=COLOURS[arm], linewidth=2, solid_capstyle="butt")
-            axes.plot([value], [y], "o", color=COLOURS[arm], markersize=6, label=arm if y == 0 else None)
-            largest = max(largest, value)
-    axes.set_xlim(min(0, axes.get_xlim()[0]), 1.1 * largest)  # an interval may reach further; the medians do not
-    axes.set_xlabel("per cent over the frozen linear")
-    axes.set_yticks(range(len(shown)), [group.case.removeprefix("lora_linear ") for group in shown])
+            axes.plot([value], [y], "o", color=COLOURS[arm], markersize=6, label=None if arm in named else arm)
+            named.add(arm)
+            least, largest = min(least, low), max(largest, value)
+    axes.set_xlim(least, 1.1 * largest)  # an interval may reach further; the medians do not
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.set_xlabel(label)
+    axes.set_yticks(range(len(shown)), [group.case.removeprefix(operation(group.case)).strip() for group in shown])
     place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "handletextpad": 0.2, "columnspacing": 1}
     axes.legend(frameon=False, ncols=len(ORDER), **place)
-    axes.invert_yaxis()
     return _svg(figure)
 
 

@@ -41,7 +41,8 @@ def write(folder: Path) -> list[Row]:
 def _title(rows: Sequence[Row]) -> str:
     where = rows[0].provenance.get("device", {}).get("name", "unknown device")
     lead = f"{where}; run of {rows[0].run}. Every figure is drawn from this run's rows alone, losses included."
-    return heading("What LoRA costs, and what fusing it saves", 1) + paragraph(lead, "lead") + tiles(_headlines(rows))
+    what = "LoRA costs" if main_group(rows) else "operations cost"
+    return heading(f"What {what}, and what fusing saves", 1) + paragraph(lead, "lead") + tiles(_headlines(rows))
 
 
 def _headlines(rows: Sequence[Row]) -> list[str]:

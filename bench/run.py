@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from bench import memory, nvml
-from bench.case import AGAIN, COMPILED, FASTADAPT, FROZEN, Arm, Case
+from bench.case import AGAIN, COMPILED, FASTADAPT, FROZEN, Arm, Case, Unavailable
 from bench.ceilings import roofline
 from bench.clocks import Sampler, Step
 from bench.counters import counting
@@ -181,6 +181,8 @@ def _count(build: Callable[[Any], Arm], inputs: Any) -> tuple[int, dict[str, Any
 
 
 def _failure(error: Exception) -> dict[str, str]:
+    if isinstance(error, Unavailable):
+        return {"status": "skipped", "reason": str(error)}
     out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
     first_line = (str(error).splitlines() or ["no message"])[0]
     return {"status": "oom" if out_of_memory else "failed", "reason": f"{type(error).__name__}: {first_line}"}

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from bench import plots
 from bench.case import AGAIN, COMPILED, FASTADAPT, FROZEN, PEFT
 from bench.html import Cell, bullets, folded, heading, note, paragraph, table
+from bench.machine_code import static
 from bench.rows import Row
 from bench.stats import Ratio, geometric_mean
-from bench.summary import MAIN_CLOCKS, ORDER, STEP, Group, by_arm, cases, comparisons, failures, groups, of_kind
+from bench.summary import (
+    MAIN_CLOCKS,
+    ORDER,
+    STEP,
+    Group,
+    by_arm,
+    cases,
+    comparisons,
+    failures,
+    groups,
+    of_kind,
+    operation,
+)
 from bench.terminal import seconds
 
 MB = 1e6
@@ -21,8 +33,8 @@ def proof(rows: Sequence[Row]) -> str:
     if not shown:
         return ""
     text = (
-        "Before an arm is timed, its outputs and the gradient of every LoRA factor are compared with float64, in "
-        "the process that then times it, with uninitialised memory filled with NaN. Errors are norm ratios |got - "
+        "Before an arm is timed, its outputs and the gradient of every tensor that requires one are compared with float64, "
+        "in the process that then times it, with uninitialised memory filled with NaN. Errors are norm ratios |got - "
         "exact| / |exact|: the root mean square over all tensors, and the worst tensor's. Beside each stands the "
         "error of eager PyTorch in the same dtype, and last the worst difference between the two. With dropout, "
         "PEFT gets the same masks (fastadapt.PhiloxDropout); arms that draw their masks elsewhere are compared "
@@ -64,12 +76,13 @@ def training_step(rows: Sequence[Row]) -> str:
 
 
 def _timing_table(group: Group) -> str:
-    columns = ["arm", "median", "20 - 80 %", "n", "/ PEFT (95 %)", "/ frozen (95 %)"]
+    against = [arm for arm in (group.baseline, FROZEN) if arm in group.rows]
+    columns = ["arm", "median", "20 - 80 %", "n", *(f"/ {arm} (95 %)" for arm in against)]
     lines: list[list[object]] = []
     for arm, row in group.rows.items():
         values = row.values
         spread = Cell(f"{seconds(values['p20_s'])} - {seconds(values['p80_s'])}")
-        beside = [Cell("-" if arm == to else _ratio(group.ratio(arm, to), group.noise)) for to in (PEFT, FROZEN)]
+        beside = [Cell("-" if arm == to else _ratio(group.ratio(arm, to), group.noise)) for to in against]
         lines.append([arm, Cell(seconds(values["median_s"])), spread, values["n_count"], *beside])
     if any("roofline_ratio" in row.values for row in group.rows.values()):
         columns.append("of roofline")
@@ -162,11 +175,23 @@ def operations(rows: Sequence[Row]) -> str:
     if not found:
         return ""
     parts = [heading("Single operations")]
-    for phase, clock in dict.fromkeys((group.phase, group.clock) for group in found):
-        chosen = [group for group in found if (group.phase, group.clock) == (phase, clock)]
-        parts += [heading(f"{phase}, {clock} clock", 3), plots.overheads(chosen), note(_means(chosen))]
-        parts.append(folded("every case", "".join(heading(group.case, 3) + _timing_table(group) for group in chosen)))
-    return "".join(parts) + _counts(rows)
+    for name in dict.fromkeys(operation(group.case) for group in found):
+        own = [group for group in found if operation(group.case) == name]
+        parts.append(heading(name, 3))
+        for phase, clock in dict.fromkeys((group.phase, group.clock) for group in own):
+            chosen = [group for group in own if (group.phase, group.clock) == (phase, clock)]
+            parts += [heading(f"{name}: {phase}, {clock} clock", 4), _plot(chosen), note(_means(chosen))]
+            parts.append(folded("every case", "".join(heading(group.case, 4) + _timing_table(group) for group in chosen)))
+        parts.append(_counts([row for row in rows if operation(row.case) == name]))
+    return "".join(parts)
+
+
+def _plot(found: Sequence[Group]) -> str:
+    """Against the frozen part alone where there is one, else against the baseline; nothing where neither was timed."""
+    if any(FROZEN in group.rows for group in found):
+        return plots.overheads(found)
+    baseline = next((group.baseline for group in found if group.baseline), None)
+    return plots.ratios(found, baseline) if baseline else ""
 
 
 def _means(found: Sequence[Group]) -> str:
@@ -182,19 +207,21 @@ def _counts(rows: Sequence[Row]) -> str:
     saved = {
         (row.case, row.arm): row.values["saved_bytes"] for row in of_kind(rows, "saved") if "saved_bytes" in row.values
     }
-    counts = {(row.case, row.arm): row.values["total_count"] for row in of_kind(rows, "launches")}
+    counts = {(row.case, row.arm): row.values for row in of_kind(rows, "launches")}
     arms = [arm for arm in ORDER if any(arm == other for _, other in counts)]
+
+    def cell(case: str, arm: str) -> Cell:
+        if (case, arm) not in counts:
+            return Cell("-")
+        launched = counts[case, arm]
+        return Cell(f"{saved[case, arm] / MB:.1f} MB, {launched['forward_count']} + {launched['backward_count']}")
+
     lines = [
-        [
-            case,
-            *(
-                Cell(f"{saved[case, arm] / MB:.1f} MB, {counts[case, arm]}" if (case, arm) in counts else "-")
-                for arm in arms
-            ),
-        ]
+        [case.removeprefix(operation(case)).strip(), *(cell(case, arm) for arm in arms)]
         for case in cases(rows, "launches", "total_count")
     ]
-    return heading("Bytes kept for the backward, and kernel launches", 3) + table(["", *arms], lines)
+    title = "bytes kept for the backward, and kernel launches forward + backward"
+    return heading(title, 4) + table(["", *arms], lines) if lines else ""
 
 
 def not_won(rows: Sequence[Row]) -> str:
@@ -227,57 +254,6 @@ def _percent(ratio: float) -> str:
 def missing(rows: Sequence[Row]) -> str:
     lines = [[row.arm or row.kind, row.case, Cell(row.status, row.status), row.reason] for row in failures(rows)]
     return heading("What failed or was skipped") + table(["what", "case", "", "why"], lines) if lines else ""
-
-
-def static(rows: Sequence[Row]) -> str:
-    found = [row.values for row in of_kind(rows, "static")]
-    if not found:
-        return ""
-    text = (
-        "Compiled in this run for each architecture, without a GPU, and read from the machine code: the worst of every "
-        "kernel's variants. Registers a thread, shared memory a block, blocks that a multiprocessor holds, the matrix "
-        "instruction; sm_90 should multiply with wgmma, and nothing should spill."
-    )
-    archs, kernels = (sorted({values[name] for values in found}) for name in ("sm", "kernel"))
-    lines: list[list[object]] = []
-    for kernel in kernels:
-        variants = [
-            [values for values in found if (values["kernel"], values["sm"]) == (kernel, arch)] for arch in archs
-        ]
-        lines.append([kernel, *map(_machine_code, variants)])
-    broken = [values["violations"] for values in found if values["violations"]]
-    verdict = "Broken budgets: " + "; ".join(broken) if broken else f"All {len(found)} variants keep their budgets."
-    parts = [
-        heading("The kernels' machine code"),
-        paragraph(text),
-        table(["kernel", *(f"sm_{arch}" for arch in archs)], lines),
-    ]
-    parts.append(paragraph(verdict))
-    for arch in archs:
-        chosen = [values for values in found if values["sm"] == arch]
-        columns = [name for name in chosen[0] if name not in ("sm", "violations")]
-        detail = table(columns, [[Cell(values[name]) for name in columns] for values in chosen])
-        parts.append(folded(f"sm_{arch}: all {len(chosen)} variants", detail))
-    return "".join(parts)
-
-
-def _machine_code(variants: Sequence[dict[str, Any]]) -> Cell:
-    """The worst of a kernel's variants on one architecture."""
-    if not variants:
-        return Cell("-", "text")
-    regs, shared, spills = (max(values[name] for values in variants) for name in ("regs", "shared", "spills"))
-    blocks, cores = (
-        min(values["blocks/SM"] for values in variants),
-        {values["tensor core"] for values in variants} - {None},
-    )
-    parts = [
-        f"{regs} regs",
-        f"{shared / 1024:.0f} KiB",
-        f"{blocks}/SM",
-        *sorted(cores),
-        *([f"{spills} spills"] if spills else []),
-    ]
-    return Cell(", ".join(parts), "text failed" if any(values["violations"] for values in variants) else "text")
 
 
 ALL = (proof, training_step, kept_bytes, launches, host_time, operations, not_won, missing, static)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.case import AGAIN, COMPILED, FASTADAPT, FROZEN, PEFT
+from bench.case import ADDMM, AGAIN, COMPILED, EAGER, FASTADAPT, FROZEN, PEFT, RELEASED, SDPA, XFORMERS
 from bench.rows import Row
 from bench.stats import Ratio, ratio
 
-ORDER = (FROZEN, PEFT, COMPILED, "addmm-style", FASTADAPT, AGAIN)
+ORDER = (FROZEN, PEFT, RELEASED, EAGER, SDPA, XFORMERS, COMPILED, ADDMM, FASTADAPT, AGAIN)
+BASELINES = (PEFT, RELEASED, EAGER)  # the first of them that a case has is what ratios are given against
 COUNTS = (  # kind of row, value, what it is
     ("saved", "saved_bytes", "bytes kept for backward"),
     ("saved", "peak_bytes", "peak of allocated bytes"),
@@ -27,6 +28,11 @@ class Group:
     phase: str
     clock: str
     rows: dict[str, Row]
+
+    @property
+    def baseline(self) -> str | None:
+        """The arm that ratios are given against; None where none of BASELINES was timed."""
+        return next((arm for arm in BASELINES if arm in self.rows), None)
 
     def ratio(self, arm: str, to: str) -> Ratio | None:
         """How long `arm` takes in units of `to`; None where either was not timed."""
@@ -63,6 +69,11 @@ def groups(rows: Sequence[Row]) -> list[Group]:
 def main_group(rows: Sequence[Row]) -> Group | None:
     """The main job's training step by the clock that a user waits for; None if it was not timed."""
     return next((group for group in groups(rows) if group.phase == STEP and group.clock in MAIN_CLOCKS), None)
+
+
+def operation(case: str) -> str:
+    """The operation that a single operation's case measures: the first word of its name."""
+    return case.split()[0]
 
 
 def of_kind(rows: Sequence[Row], kind: str) -> list[Row]:

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from bench.case import AGAIN, FROZEN, PEFT
 from bench.rows import Row
-from bench.summary import ORDER, by_arm, failures, main_group, of_kind
+from bench.stats import Ratio, geometric_mean
+from bench.summary import BASELINES, MAIN_CLOCKS, ORDER, by_arm, comparisons, failures, main_group, of_kind, operation
 
 
 class Bar:
@@ -68,8 +69,7 @@ def table(rows: Sequence[Row]) -> Table:
         right = _right([row.status for row in rows if row.kind == "verify" and row.arm == arm])
         step = seconds(timed.rows[arm].values["median_s"]) if timed and arm in timed.rows else "-"
         against = timed.ratio(arm, PEFT) if timed and arm != PEFT else None
-        sign = "≈" if against and against.sign(timed.noise) == "≈" else ""
-        beside = f"{sign}{against.value:.2f} ({against.low:.2f}-{against.high:.2f})" if against else "-"
+        beside = _ratio(against, against.sign(timed.noise)) if against else "-"
         kept = f"{saved[arm] / 1e6:.0f} MB" if arm in saved else "-"
         if {arm, FROZEN} <= set(saved):
             kept += f" {saved[arm] / saved[FROZEN]:.2f}"
@@ -79,9 +79,38 @@ def table(rows: Sequence[Row]) -> Table:
     return shown
 
 
+def _ratio(found: Ratio, verdict: str) -> str:
+    """A ratio, '≈' before it where it is no difference, and its interval where it has one."""
+    interval = f" ({found.low:.2f}-{found.high:.2f})" if found.low != found.high else ""
+    return f"{'≈' if verdict == '≈' else ''}{found.value:.2f}{interval}"
+
+
 def _right(statuses: Sequence[str]) -> str:
     """What became of an arm's proofs: 'yes' if all passed, else the first other status; '-' if there is none."""
     return next((status for status in statuses if status != "ok"), "yes") if statuses else "-"
+
+
+def operations(rows: Sequence[Row]) -> Table:
+    """fastadapt in units of each operation's baseline: geometric means over all cases, then the cases that were timed."""
+    title = "fastadapt in units of another arm (95 %), geometric means in bold"
+    shown = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0), title_justify="left")
+    timed = {f"{phase}, {clock} clock": phase for phase in ("forward", "forward+backward") for clock in MAIN_CLOCKS}
+    counted = {"bytes kept for backward": "kept", "peak of allocated bytes": "peak", "kernel launches": "launches"}
+    found = [one for one in comparisons(rows) if one.rival in BASELINES]
+    columns = {what: heading for what, heading in (timed | counted).items() if any(one.what == what for one in found)}
+    shown.add_column("case")
+    for heading in columns.values():
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for name, rival in dict.fromkeys((operation(one.case), one.rival) for one in found):
+        own = [one for one in found if operation(one.case) == name]
+        means = [[one.ratio.value for one in own if one.what == what] for what in columns]
+        bold = [f"[bold]{geometric_mean(values):.2f}[/bold]" if values else "-" for values in means]
+        shown.add_section()
+        shown.add_row(f"[bold]{name} / {rival}[/bold]", *bold)
+        for case in dict.fromkeys(one.case for one in own if one.what in timed):
+            cells = {one.what: _ratio(one.ratio, one.verdict) for one in own if one.case == case}
+            shown.add_row(case.removeprefix(name).strip(), *(cells.get(what, "-") for what in columns))
+    return shown
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
@@ -93,4 +122,10 @@ def notes(rows: Sequence[Row]) -> list[str]:
         f"PEFT +{row.values['peft_us']:.0f} us, fastadapt +{row.values['fastadapt_us']:.0f} us"
         for row in of_kind(rows, "host")
     ]
-    return lines + [f"{row.status}: {row.case}, {row.arm or row.kind}: {row.reason}" for row in failures(rows)]
+    alike: dict[tuple[str, str, str], list[str]] = {}
+    for row in failures(rows):
+        alike.setdefault((row.status, row.arm or row.kind, row.reason), []).append(row.case)
+    for (status, what, reason), found in alike.items():
+        where = found[0] if len(set(found)) == 1 else f"{len(set(found))} cases"
+        lines.append(f"{status}: {where}, {what}: {reason}")
+    return lines

@@ -19,7 +19,8 @@ import torch
 from rich.console import Console
 
 from bench.case import FASTADAPT, Arm, Case
-from bench.cases import DINO, VIT, lora_linear
+from bench.cases import lora_linear
+from bench.cases.common import DINO, VIT
 from bench.cases.lora_linear import Shape
 from bench.clocks import gpu_warm
 from bench.job import recorder

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from bench.case import Case
-from bench.cases import clip_lora, lora_linear
-from bench.cases.lora_linear import Shape
+from bench.cases import bottleneck_adapter, clip_lora, light_interaction, lora_linear, prior_attention
 
-VIT, DINO = 32 * 197, 32 * 1370  # tokens of a batch of 32 images at 224 and 518 pixels
-REDUCED = 2 * 197  # rows that a CPU can measure in reasonable time
-
-# fixed before anything was measured: the widths of ViT-B and ViT-L, LoRA's usual ranks, the dtypes that training uses
-SHAPES: tuple[Shape, ...] = (
-    *(Shape(rows, k, n) for rows in (VIT, DINO) for k, n in ((768, 768), (768, 3072), (3072, 768))),
-    *(Shape(DINO, k, n) for k, n in ((1024, 1024), (1024, 4096))),
-    *(Shape(rows, 768, 768, members=3) for rows in (VIT, DINO)),
-    *(Shape(DINO, 768, n, r=r) for n in (768, 3072) for r in (8, 64)),
-    *(Shape(DINO, 768, n, dropout=0.0) for n in (768, 3072)),
-    *(Shape(DINO, 768, 768, precision=precision) for precision in ("fp16", "fp32", "autocast")),
-    Shape(DINO, 768, 3072, precision="autocast", dropout=0.0),
-)
-REDUCED_SHAPES: tuple[Shape, ...] = (
-    *(Shape(REDUCED, k, n, precision="fp32") for k, n in ((768, 768), (768, 3072), (3072, 768))),
-    Shape(REDUCED, 768, 768, precision="fp32", members=3),
-    Shape(REDUCED, 768, 768, precision="fp32", dropout=0.0),
-    Shape(REDUCED, 768, 768, precision="autocast"),
-)
+# each module: the shapes that a GPU measures, those that a CPU can, and the case of a shape
+OPERATIONS = {
+    "lora_linear": lora_linear,
+    "bottleneck_adapter": bottleneck_adapter,
+    "prior_attention": prior_attention,
+    "light_interaction": light_interaction,
+}
 CLIP = {"cuda": (("bfloat16", 32), ("float32 under bfloat16 autocast", 32)), "cpu": (("float32", 4),)}
 
 
-def operation_cases(device: str) -> dict[str, Case]:
+def operation_cases(device: str, operations: Iterable[str] = OPERATIONS) -> dict[str, Case]:
     """The cases of single operations for "cuda" or "cpu", by name; a CPU gets fewer rows."""
-    shapes = SHAPES if device == "cuda" else REDUCED_SHAPES
-    return {shape.name: lora_linear.case(shape) for shape in shapes}
+    modules = [OPERATIONS[operation] for operation in operations]
+    return {
+        shape.name: module.case(shape)
+        for module in modules
+        for shape in (module.SHAPES if device == "cuda" else module.REDUCED_SHAPES)
+    }
 
 
 def model_cases(device: str) -> dict[str, Case]:

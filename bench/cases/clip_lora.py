@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator
-from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -21,15 +20,15 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import fastadapt
 from bench.case import COMPILED, FASTADAPT, FROZEN, PEFT, Arm, Case
+from bench.cases.common import SEED, autocasting
 from bench.clocks import ROTATION
 from bench.compiled import compile_in_place
 from bench.photos import views
-from bench.verify import Verdict, judge, poisoned
+from fastadapt.prove.judge import Verdict, judge, poisoned
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 RANK, ALPHA, DROPOUT = 16, 16, 0.1
 TEMPERATURE, LEARNING_RATE = 0.1, 1e-4
-SEED = 0
 # rounding errors grow through twelve blocks: those of two right answers differ by several per cent either way
 SLACK = 1.2
 ARCHITECTURE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -132,12 +131,8 @@ class Inputs:
         """A copy of the PEFT model, for an arm to change and train."""
         return copy.deepcopy(self._model)
 
-    def context(self) -> Any:
-        """The autocast, if any, that a forward pass runs under."""
-        return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
-
     def loss(self, model: nn.Module, i: int) -> Tensor:
-        with self.context():
+        with autocasting(self.device, self.autocast):
             return contrastive_loss(model(pixel_values=self.photos[i]).image_embeds)
 
     def outputs(self, model: nn.Module, dropout: bool) -> dict[str, Tensor]:
@@ -146,7 +141,7 @@ class Inputs:
         model.train(dropout)
         torch.manual_seed(SEED)
         photos = self.photos[0].to(model.dtype)
-        with poisoned(), self.context() if model.dtype != torch.float64 else nullcontext():
+        with poisoned(), autocasting(self.device, self.autocast if model.dtype != torch.float64 else None):
             embeddings = model(pixel_values=photos).image_embeds
             loss = contrastive_loss(embeddings)
             loss.backward()

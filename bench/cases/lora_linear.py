@@ -6,10 +6,9 @@ y_g = x W_g^T + b_g + s dropout_g(x) A_g^T B_g^T,      x (32 * tokens, K), W_g (
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -17,23 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastadapt
-from bench.case import COMPILED, FASTADAPT, FROZEN, PEFT, Arm, Case, Work
+from bench.case import ADDMM, COMPILED, FASTADAPT, FROZEN, PEFT, Arm, Case, Work
 from bench.cases.addmm import AddmmLora
+from bench.cases.common import DINO, PRECISIONS, REDUCED, SEED, VIT, autocasting, sizes
 from bench.clocks import ROTATION
 from bench.compiled import compile_in_place
-from bench.verify import Verdict, judge, poisoned
 from fastadapt.core import philox
-
-ADDMM = "addmm-style"
-SEED = 0
-
-# dtype of x, weights and factors, and autocast's
-PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
-    "bf16": (torch.bfloat16, None),
-    "fp16": (torch.float16, None),
-    "fp32": (torch.float32, None),
-    "autocast": (torch.float32, torch.bfloat16),
-}
+from fastadapt.prove.judge import Verdict, judge, poisoned
 
 
 @dataclass(frozen=True)
@@ -52,6 +41,24 @@ class Shape:
     def name(self) -> str:
         linears = f"{self.k}->{self.n}" if self.members == 1 else f"{self.k}->{self.members}x{self.n}"
         return f"lora_linear {self.rows}x{linears} r{self.r} p{self.dropout:g} {self.precision}"
+
+
+# fixed before anything was measured: the widths of ViT-B and ViT-L, LoRA's usual ranks, the dtypes that training uses
+SHAPES: tuple[Shape, ...] = (
+    *(Shape(rows, k, n) for rows in (VIT, DINO) for k, n in ((768, 768), (768, 3072), (3072, 768))),
+    *(Shape(DINO, k, n) for k, n in ((1024, 1024), (1024, 4096))),
+    *(Shape(rows, 768, 768, members=3) for rows in (VIT, DINO)),
+    *(Shape(DINO, 768, n, r=r) for n in (768, 3072) for r in (8, 64)),
+    *(Shape(DINO, 768, n, dropout=0.0) for n in (768, 3072)),
+    *(Shape(DINO, 768, 768, precision=precision) for precision in ("fp16", "fp32", "autocast")),
+    Shape(DINO, 768, 3072, precision="autocast", dropout=0.0),
+)
+REDUCED_SHAPES: tuple[Shape, ...] = (
+    *(Shape(REDUCED, k, n, precision="fp32") for k, n in ((768, 768), (768, 3072), (3072, 768))),
+    Shape(REDUCED, 768, 768, precision="fp32", members=3),
+    Shape(REDUCED, 768, 768, precision="fp32", dropout=0.0),
+    Shape(REDUCED, 768, 768, precision="autocast"),
+)
 
 
 class Linear(NamedTuple):
@@ -87,7 +94,7 @@ def case(shape: Shape) -> Case:
 def forward_work(shape: Shape) -> Work:
     """2 M N K for the frozen product and 2 M r (K + N) for the update; x, W, A, B and y once each."""
     m, k, n, r, g = shape.rows, shape.k, shape.n, shape.r, shape.members
-    size, weight_size = _sizes(shape)
+    size, weight_size = sizes(shape.precision)
     flops = g * (2 * m * n * k + 2 * m * r * (k + n))
     return Work(flops, size * m * k + g * (size * m * n + weight_size * (n * k + r * (k + n))))
 
@@ -95,17 +102,10 @@ def forward_work(shape: Shape) -> Work:
 def total_work(shape: Shape) -> Work:
     """The forward, and 2 M N K for dX and 4 M r (K + N) for dS, dS A, dA and dB; each tensor once in each direction."""
     m, k, n, r, g = shape.rows, shape.k, shape.n, shape.r, shape.members
-    size, weight_size = _sizes(shape)
-    forward = forward_work(shape)
+    size, weight_size = sizes(shape.precision)
     flops = g * (2 * m * n * k + 4 * m * r * (k + n))
     traffic = 2 * size * m * k + g * (size * m * n + weight_size * (n * k + 2 * r * (k + n)))
-    return Work(forward.flops + flops, forward.bytes_min + traffic)
-
-
-def _sizes(shape: Shape) -> tuple[int, int]:
-    """Bytes of an element of x and y, and of one of the weights."""
-    dtype, autocast = PRECISIONS[shape.precision]
-    return (autocast or dtype).itemsize, dtype.itemsize
+    return forward_work(shape) + Work(flops, traffic)
 
 
 class Inputs:
@@ -140,10 +140,6 @@ class Inputs:
         """A and B of every member."""
         return [factor for linear in self.linears for factor in (linear.lora_a, linear.lora_b)]
 
-    def context(self) -> Any:
-        """The autocast, if any, that a forward pass runs under."""
-        return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
-
     def peft(self) -> list[nn.Module]:
         """PEFT's LoRA layers around these very tensors."""
         return [_peft_layer(linear, self.shape) for linear in self.linears]
@@ -157,7 +153,7 @@ class Inputs:
         ]
         torch.manual_seed(SEED)
         seed = philox.draw_seed(self.device) if dropout else None
-        with nullcontext() if exact else self.context():
+        with autocasting(self.device, None if exact else self.autocast):
             ys = [
                 F.linear(x, weight, bias) + F.linear(F.linear(self._dropped(x, seed, g), lora_a), lora_b)
                 for g, (weight, bias, lora_a, lora_b) in enumerate(linears)
@@ -183,13 +179,10 @@ def _peft_layer(linear: Linear, shape: Shape) -> nn.Module:
 def _fastadapt(inputs: Inputs) -> Arm:
     """fastadapt's own call: one for a linear, one for a whole group."""
     weights, biases, lora_as, lora_bs = zip(*inputs.linears)
-    options = {"scales": [1.0] * len(weights), "backend": "triton" if inputs.device.type == "meta" else None}
-    p = inputs.shape.dropout
+    options = {"scales": [1.0] * len(weights), "dropout_p": inputs.shape.dropout}
 
     def group(x: Tensor, training: bool) -> tuple[Tensor, ...]:
-        return fastadapt.lora_linear_group(
-            x, weights, biases, lora_as, lora_bs, dropout_p=p, training=training, **options
-        )
+        return fastadapt.lora_linear_group(x, weights, biases, lora_as, lora_bs, training=training, **options)
 
     return _arm_of(inputs, group)
 
@@ -216,7 +209,7 @@ def _frozen(inputs: Inputs) -> Arm:
     grad = torch.cat(inputs.grads, dim=-1)
 
     def forward(i: int) -> tuple[Tensor, Tensor]:
-        with inputs.context():
+        with autocasting(inputs.device, inputs.autocast):
             return inputs.xs[i], F.linear(inputs.xs[i], weight, bias)
 
     return Arm(
@@ -229,7 +222,7 @@ def _frozen(inputs: Inputs) -> Arm:
 
 def _arm_of(inputs: Inputs, call: Callable[[Tensor, bool], Sequence[Tensor]]) -> Arm:
     def forward(i: int, training: bool = True) -> tuple[Tensor, Sequence[Tensor]]:
-        with inputs.context():
+        with autocasting(inputs.device, inputs.autocast):
             return inputs.xs[i], call(inputs.xs[i], training)
 
     def backward(result: tuple[Tensor, Sequence[Tensor]]) -> tuple[Tensor, ...]:

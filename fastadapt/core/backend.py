@@ -15,6 +15,7 @@ from fastadapt import native
 from fastadapt.core.launch import arch_of, interpreting
 
 BACKENDS = ("reference", "native", "triton")
+ACCELERATORS = ("cuda",)  # device types on which Triton is the ordinary choice
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -76,7 +77,7 @@ def choose(
         return "native" if "native" in backends and native.load() else "reference"
     if requested not in (None, *backends):
         raise ValueError(f"backend: expected None or one of {', '.join(backends)}, got {requested!r}")
-    if requested is None and device.type != "cuda":
+    if requested is None and device.type not in ACCELERATORS:
         return "reference"
     wanted = requested or "triton"
     reasons = [*WHY_NOT[wanted](device, x.dtype), *(reasons if wanted == "triton" else ())]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fastadapt import light_interaction
 from fastadapt.core.backend import autocast_dtype
@@ -52,6 +53,8 @@ class Bridger(nn.Module):
         num_heads: heads of every attention.
         interaction: "light" or "full".
         dropout: of the full interaction while training, where nn.TransformerDecoderLayer has it; the light one has none.
+        recompute: whether the full interaction keeps its inputs alone for the backward, which runs it again
+            (torch.utils.checkpoint); False where dropout is to be captured in a CUDA graph.
         device, dtype: of the text side's and the interactions' parameters.
 
     Raises:
@@ -70,6 +73,7 @@ class Bridger(nn.Module):
         num_heads: int,
         interaction: str,
         dropout: float = 0.1,
+        recompute: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -83,7 +87,7 @@ class Bridger(nn.Module):
         def interact() -> nn.Module:
             if interaction == "light":
                 return LightInteraction(ladder_dim, num_heads, **like)
-            return FullInteraction(ladder_dim, num_heads, dropout, **like)
+            return FullInteraction(ladder_dim, num_heads, dropout, recompute, **like)
 
         self.stages = nn.ModuleList(
             BridgerStage(zoom, interact(), text_dim, ladder_dim, linked=i > 0, **like) for i, zoom in enumerate(zooms)
@@ -276,13 +280,20 @@ class LightInteraction(nn.Module):
 class FullInteraction(nn.Module):
     """A decoder layer each way: layers[0] reads the text for the visual side, layers[1] the other way."""
 
-    def __init__(self, dim: int, num_heads: int, dropout: float, **like: Any) -> None:
+    def __init__(self, dim: int, num_heads: int, dropout: float, recompute: bool, **like: Any) -> None:
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(dim, num_heads, dropout, **like) for _ in range(2))
+        self.dropout, self.recompute = dropout, recompute
 
     def forward(self, v: Tensor, t: Tensor, key_padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """v' (B, N, dim) and t' (B, L, dim) from v and t; key_padding_mask (B, L) is True at the words to ignore."""
-        return self.layers[0](v, t, None, key_padding_mask), self.layers[1](t, v, key_padding_mask, None)
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self._both(v, t, key_padding_mask)
+        draws = self.training and self.dropout > 0
+        return checkpoint(self._both, v, t, key_padding_mask, use_reentrant=False, preserve_rng_state=draws)
+
+    def _both(self, v: Tensor, t: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.layers[0](v, t, None, mask), self.layers[1](t, v, mask, None)
 
 
 class DecoderLayer(nn.Module):

@@ -64,6 +64,24 @@ def test_attention_and_dropout_are_one_kernel_each_on_a_gpu(x: torch.Tensor) -> 
     assert launches.torch == {"_scaled_dot_product_flash_attention": 1, "native_dropout": 1}
 
 
+def test_attention_in_float32_is_the_kernel_that_takes_it() -> None:
+    q = torch.empty(2, 3, 16, 32, device="meta").requires_grad_()
+    with as_on_cuda(), counting() as launches:
+        F.scaled_dot_product_attention(q, q, q).sum().backward()
+    name = "_scaled_dot_product_efficient_attention"
+    assert {name: 1, f"{name}_backward": 1}.items() <= launches.torch.items()
+
+
+@pytest.mark.parametrize("need_weights, kernel", [(True, "_softmax"), (False, "_scaled_dot_product_flash_attention")])
+def test_a_multi_head_attention_returns_its_map_or_makes_none(need_weights: bool, kernel: str) -> None:
+    layer = nn.MultiheadAttention(64, 8, device="meta", dtype=torch.bfloat16)
+    x = torch.empty(16, 2, 64, device="meta", dtype=torch.bfloat16)
+    with as_on_cuda(), counting() as launches:
+        layer(x, x, x, need_weights=need_weights)
+    assert launches.torch[kernel] == 1
+    assert launches.torch["bmm"] == (2 if need_weights else 0)
+
+
 def test_host_time_is_positive_and_peft_adds_some() -> None:
     found = host_overhead(blocks=4, steps=5)
     assert found.frozen_us > 0

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from bench import report, terminal
-from bench.case import AGAIN, COMPILED, FASTADAPT, FROZEN, PEFT
+from bench.case import AGAIN, COMPILED, EAGER, FASTADAPT, FROZEN, PEFT, SDPA
 from bench.rows import Recorder, Row
 from bench.stats import summary
 from bench.summary import STEP, comparisons, groups
@@ -71,8 +71,8 @@ def test_losses_are_shown(page: str) -> None:
     """fastadapt is slower than the compiled arm here, and starts as many kernels as PEFT."""
     lost = section(page, "Where fastadapt does not win")
     assert "wins 4, 1 are too close to call or equal (≈), and it loses 2" in lost
-    assert re.search(r"torch\.compile\(PEFT\)</td><td[^>]*>training step, cpu clock</td>", lost)
-    assert re.search(r"torch\.compile\(PEFT\)</td><td[^>]*>forward, cpu clock</td>", lost)
+    assert re.search(r"torch\.compile</td><td[^>]*>training step, cpu clock</td>", lost)
+    assert re.search(r"torch\.compile</td><td[^>]*>forward, cpu clock</td>", lost)
     assert "1.07" in lost
     assert re.search(r"PEFT</td><td[^>]*>kernel launches</td><td[^>]*>a model</td><td>≈ 1\.00", lost)
     assert "training step, cpu clock: +50 %" in lost  # over the frozen model
@@ -145,6 +145,43 @@ def test_comparisons_never_mix_cases_or_clocks() -> None:
     rows = [row("a", PEFT, "cpu", 2.0), row("b", FASTADAPT, "cpu", 1.0), row("a", FASTADAPT, "wall", 1.0)]
     assert comparisons(rows) == []
     assert len(groups(rows)) == 3
+
+
+@pytest.fixture
+def attention(tmp_path: Path) -> list[Row]:
+    """The page's rows of an operation that has no frozen part: fastadapt in half of eager's time, SDPA in a quarter."""
+    record = Recorder(tmp_path / "rows.jsonl", "this run", {"device": {"name": "Some CPU"}})
+    for arm, median in {EAGER: 4e-3, SDPA: 1e-3, FASTADAPT: 2e-3, AGAIN: 2e-3}.items():
+        record("time", "prior_attention <one>", arm, phase="forward", **time_fields(median))
+    for arm, size in {EAGER: 9e6, FASTADAPT: 3e6}.items():
+        record("saved", "prior_attention two", arm, values={"saved_bytes": size})
+        values = {"forward_count": 2, "backward_count": 1, "total_count": 3, "kernels": {}}
+        record("launches", "prior_attention two", arm, values=values)
+    record("verify", "prior_attention <one>", "xformers", status="skipped", reason="no GPU")
+    record("verify", "prior_attention two", "xformers", status="skipped", reason="no GPU")
+    return report.write(tmp_path)
+
+
+def test_without_a_frozen_part_ratios_are_given_against_eager(attention: list[Row], tmp_path: Path) -> None:
+    shown = section((tmp_path / "index.html").read_text(), "Single operations")
+    assert "time in units of eager" in shown
+    assert "0.50 of eager&#x27;s (1 cases), 2.00 of SDPA&#x27;s (1 cases)" in shown
+    assert "/ eager (95 %)" in shown and "/ frozen" not in shown
+    assert re.search(r"<td[^>]*>two</td><td>9\.0 MB, 2 \+ 1</td><td>3\.0 MB, 2 \+ 1</td>", shown)
+
+
+def test_what_another_arm_does_faster_is_listed_as_lost(attention: list[Row], tmp_path: Path) -> None:
+    lost = section((tmp_path / "index.html").read_text(), "Where fastadapt does not win")
+    assert re.search(r"SDPA</td><td[^>]*>forward, cpu clock</td><td[^>]*>prior_attention &lt;one&gt;</td><td>2\.00", lost)
+
+
+def test_the_terminal_shows_operations_beside_their_baseline(attention: list[Row]) -> None:
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(terminal.operations(attention))
+    text = console.export_text()
+    assert re.search(r"prior_attention / eager +0\.50 +0\.33 +1\.00", text)
+    assert re.search(r"<one> +0\.50 +- +-", text)
+    assert terminal.notes(attention) == ["skipped: 2 cases, xformers: no GPU"]
 
 
 def test_the_terminal_table_is_the_same_story(folder: Path) -> None:

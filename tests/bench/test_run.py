@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from bench import run
-from bench.case import AGAIN, FASTADAPT, PEFT, Arm, Case, Work
+from bench.case import AGAIN, FASTADAPT, PEFT, Arm, Case, Unavailable, Work
 from bench.clocks import CLOCKS
 from bench.rows import Recorder, Row, read
-from bench.verify import Verdict
+from fastadapt.prove.judge import Verdict
 
 CPU = torch.device("cpu")
 CEILINGS = {"copy_bytes_per_s": 1e9, "float32_flops_per_s": 1e9}
@@ -25,6 +25,10 @@ def arm() -> Arm:
 
 def broken() -> Arm:
     raise torch.OutOfMemoryError("no room for this arm")
+
+
+def elsewhere() -> Arm:
+    raise Unavailable("no such device")
 
 
 def failing() -> Arm:
@@ -49,6 +53,7 @@ CASE = Case(
         FASTADAPT: lambda inputs: arm(),
         "wrong": lambda inputs: arm(),
         "broken": lambda inputs: broken(),
+        "elsewhere": lambda inputs: elsewhere(),
         "failing": lambda inputs: failing(),
     },
     verify=lambda name, arm, inputs: {"dropout 0": verdict(name)},
@@ -75,6 +80,7 @@ def test_every_failure_has_its_row(rows: list[Row]) -> None:
     assert found == {
         ("wrong", "verify"): ("failed", "y: error 1"),
         ("broken", "verify"): ("oom", "OutOfMemoryError: no room for this arm"),
+        ("elsewhere", "verify"): ("skipped", "no such device"),
         ("failing", "time"): ("failed", "RuntimeError: cannot run"),
         ("absent", "verify"): ("skipped", "not installed"),
     }

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
-from unittest import mock
 
 import pytest
 import torch
@@ -12,8 +10,8 @@ from torch import Tensor
 
 from bench.counters import counting
 from bench.memory import saved_bytes
-from fastadapt import CrossModalBridge, CrossModalBridges, prior_attention
-from fastadapt.modules import cross_modal
+from bench.meta import as_on_cuda
+from fastadapt import CrossModalBridge, CrossModalBridges
 from tests.modules.bridges import SMALL, T, make, make_h1, make_states, plain, run, with_gradients
 from tests.tolerance import no_worse_than
 
@@ -47,10 +45,9 @@ def test_the_visual_side_is_ten_kernels_and_nine_folded():
     bridges = CrossModalBridges(1, **like)
     text = bridges.encode_text([torch.empty(60, 77, 512, **like)])
     h1 = torch.empty(60, 197, 768, **like)
-    attention = mock.patch.object(cross_modal, "prior_attention", partial(prior_attention, backend="triton"))
     elementwise = {"native_layer_norm": 1, "mul": 1, "sigmoid_": 1, "mul_": 1, "add": 1}
     for group, products in ((bridges, 4), (bridges.folded(), 3)):
-        with attention, counting() as launches:
+        with as_on_cuda(), counting() as launches:
             assert group[0](h1, text[0]).shape == h1.shape
         assert launches.torch == {"addmm": products, **elementwise}
         assert launches.triton.total() == 1
