@@ -26,7 +26,7 @@ def check_tensor(argument: str, value: Any, shape: tuple[int | None, ...], devic
     if value.dtype not in FLOATS:
         fail(argument, "float32, float16, bfloat16 or float64", value.dtype)
     if value.device != device:
-        fail(argument, f"a tensor on {device}, where x is", f"one on {value.device}")
+        fail(argument, f"a tensor on {device}, where the others are", f"one on {value.device}")
 
 
 def check_input(argument: str, value: Any) -> None:
@@ -52,3 +52,24 @@ def check_number(argument: str, value: Any) -> None:
     """`value` is a finite real number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
         fail(argument, "a finite number", repr(value))
+
+
+def check_heads(argument: str, value: Any, width: int, of: str) -> None:
+    """`value` heads share the `width` columns of the tensor `of` evenly."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        fail(argument, "an integer of at least 1", repr(value))
+    if width == 0 or width % value:
+        fail(argument, f"a divisor of {of}'s width {width}", value)
+
+
+def check_padding_mask(argument: str, value: Any, shape: tuple[int, int], device: torch.device) -> None:
+    """`value` is None or a bool tensor of this shape on this device, as nn.MultiheadAttention's key_padding_mask."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor) or value.dtype is not torch.bool:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        fail(argument, "None or a bool tensor, True for a key to ignore", got)
+    if value.shape != shape:
+        fail(argument, f"shape {tuple(shape)}", f"shape {tuple(value.shape)}")
+    if value.device != device:
+        fail(argument, f"a tensor on {device}, where the others are", f"one on {value.device}")

@@ -12,8 +12,11 @@ run the same backward.  When the backward itself is differentiated, its plain to
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -118,6 +121,25 @@ class Operation:
     def _below_autograd(self, tensors: Tensors, *options: Any) -> list[Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
             return self._op(list(tensors), *options)
+
+
+def by_backend(reference: ModuleType, **others: str) -> dict[str, Callable[..., list[Tensor]]]:
+    """An Operation's forward, backward and reference_backward, which its last option, the backend, chooses.
+
+    reference: the module with forward(tensors, *options) and backward(saved, grads, needs, *options), of the other options;
+        it serves the backend "reference".
+    others: for every other backend, the full name of a module with the same two, which is imported when it first runs.
+    """
+
+    @lru_cache(maxsize=None)
+    def module(backend: str) -> ModuleType:
+        return reference if backend == "reference" else importlib.import_module(others[backend])
+
+    return {
+        "forward": lambda tensors, *options: module(options[-1]).forward(tensors, *options[:-1]),
+        "backward": lambda saved, grads, needs, *options: module(options[-1]).backward(saved, grads, needs, *options[:-1]),
+        "reference_backward": lambda saved, grads, needs, *options: reference.backward(saved, grads, needs, *options[:-1]),
+    }
 
 
 def materialise(grads: Tensors, results: Sequence[tuple[torch.Size, torch.dtype]]) -> Tensors:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastadapt.core.checks import check_probability, fail
+from fastadapt.core.checks import check_padding_mask, check_probability, fail
 
 
 class MultiheadAttention(nn.Module):
@@ -67,11 +67,9 @@ class MultiheadAttention(nn.Module):
         Raises:
             ValueError: key_padding_mask is not a bool tensor of shape (B, S).
         """
+        check_padding_mask("key_padding_mask", key_padding_mask, key.shape[:2], key.device)
         keep = None
         if key_padding_mask is not None:
-            if key_padding_mask.dtype != torch.bool or key_padding_mask.shape != key.shape[:2]:
-                got = f"{key_padding_mask.dtype} of shape {tuple(key_padding_mask.shape)}"
-                fail("key_padding_mask", f"torch.bool of shape {tuple(key.shape[:2])}", got)
             keep = ~key_padding_mask[:, None, None, :]
         heads = [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in self._project(query, key, value)]
         dropout_p = self.dropout if self.training else 0.0

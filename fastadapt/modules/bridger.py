@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastadapt import light_interaction
 from fastadapt.core.backend import autocast_dtype
-from fastadapt.core.checks import check_dtype, check_input, check_tensor, fail
+from fastadapt.core.checks import check_dtype, check_input, check_padding_mask, check_tensor, fail
 from fastadapt.modules.attention import MultiheadAttention
 from fastadapt.modules.zoom import ConvZoom, LinearNormReLU, TokenZoom
 
@@ -240,9 +240,7 @@ class BridgerStage(nn.Module):
             if autocast_dtype(stream) is None:
                 check_dtype(argument, stream, (weight.dtype,))
         check_tensor("text", text, (visual.shape[0], None, weight.shape[1]), weight.device)
-        mask, shape = key_padding_mask, tuple(text.shape[:2])
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != shape):
-            fail("key_padding_mask", f"torch.bool of shape {shape}", f"{mask.dtype} of shape {tuple(mask.shape)}")
+        check_padding_mask("key_padding_mask", key_padding_mask, text.shape[:2], text.device)
         v, t = self._link(self.zoom.zoom_in(visual), self.text_in(text), state)
         attended = self.interaction(v, t, key_padding_mask)
         return self.zoom.zoom_out(attended[0], visual), text + self.text_out(attended[1]), (v, t)

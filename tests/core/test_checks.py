@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
         (torch.zeros(2), "w: expected shape (any, 3), got shape (2,)"),
         (torch.zeros(2, 4), "w: expected shape (any, 3), got shape (2, 4)"),
         (torch.zeros(2, 3, dtype=torch.int8), "w: expected float32, float16, bfloat16 or float64, got torch.int8"),
-        (torch.zeros(2, 3, device="meta"), "w: expected a tensor on cpu, where x is, got one on meta"),
+        (torch.zeros(2, 3, device="meta"), "w: expected a tensor on cpu, where the others are, got one on meta"),
     ],
 )
 def test_tensor(value, message):
@@ -73,3 +73,34 @@ def test_good_numbers_pass():
         checks.check_probability("p", p)
     for number in (0, -3, 1.5, 1e300):
         checks.check_number("s", number)
+
+
+@pytest.mark.parametrize(
+    ("heads", "message"),
+    [
+        (0, "num_heads: expected an integer of at least 1, got 0"),
+        (True, "num_heads: expected an integer of at least 1, got True"),
+        (2.0, "num_heads: expected an integer of at least 1, got 2.0"),
+        (5, "num_heads: expected a divisor of q's width 12, got 5"),
+    ],
+)
+def test_heads(heads, message):
+    checks.check_heads("num_heads", 3, 12, "q")
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        checks.check_heads("num_heads", heads, 12, "q")
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(2, 3), "mask: expected None or a bool tensor, True for a key to ignore, got torch.float32"),
+        ([True], "mask: expected None or a bool tensor, True for a key to ignore, got list"),
+        (torch.ones(2, 4, dtype=torch.bool), "mask: expected shape (2, 3), got shape (2, 4)"),
+        (torch.ones(2, 3, dtype=torch.bool, device="meta"), "mask: expected a tensor on cpu, where the others are, got one on meta"),
+    ],
+)
+def test_padding_masks(mask, message):
+    checks.check_padding_mask("mask", None, (2, 3), CPU)
+    checks.check_padding_mask("mask", torch.ones(2, 3, dtype=torch.bool), (2, 3), CPU)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        checks.check_padding_mask("mask", mask, (2, 3), CPU)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastadapt.core.backend import autocast_dtype, choose
 from fastadapt.core.checks import check_dtype, check_input, check_number, check_tensor, fail
-from fastadapt.core.operation import Operation, Tensors
+from fastadapt.core.operation import Operation, Tensors, by_backend
 from fastadapt.kernels.bottleneck_adapter import reference
 from fastadapt.kernels.bottleneck_adapter.reference import ACTIVATIONS, Operands
 
@@ -117,30 +116,6 @@ def _check(call: Operands, autocast: bool) -> None:
     check_dtype("residual", call.residual, own)
 
 
-def _implementation(backend: str) -> Any:
-    if backend == "reference":
-        return reference
-    from fastadapt.kernels.bottleneck_adapter import triton_launch
-
-    return triton_launch
-
-
-def _forward(tensors: Tensors, factor: float, activation: str, norm_eps: float, backend: str) -> list[Tensor]:
-    return _implementation(backend).forward(tensors, factor, activation, norm_eps)
-
-
-def _backward(
-    saved: Tensors, grads: Tensors, needs: Sequence[bool], factor: float, activation: str, norm_eps: float, backend: str
-) -> list[Tensor]:
-    return _implementation(backend).backward(saved, grads, needs, factor, activation, norm_eps)
-
-
-def _reference_backward(
-    saved: Tensors, grads: Tensors, needs: Sequence[bool], factor: float, activation: str, norm_eps: float, backend: str
-) -> list[Tensor]:
-    return reference.backward(saved, grads, needs, factor, activation, norm_eps)
-
-
 def _forward_fake(tensors: Tensors, factor: float, activation: str, norm_eps: float, backend: str) -> list[Tensor]:
     call = Operands(*tensors)
     rows = call.x.shape[:-1].numel()
@@ -164,12 +139,10 @@ def _backward_fake(
 _operation = Operation(
     name="bottleneck_adapter",
     options_schema="float factor, str activation, float norm_eps, str backend",
-    forward=_forward,
+    **by_backend(reference, triton="fastadapt.kernels.bottleneck_adapter.triton_launch"),
     forward_fake=_forward_fake,
     primary=lambda count: 1,
     save=reference.save,
-    backward=_backward,
-    reference_backward=_reference_backward,
     backward_fake=_backward_fake,
     added=Operands._fields.index("residual"),
 )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastadapt.core.backend import autocast_dtype, choose
-from fastadapt.core.checks import check_dtype, check_input, check_tensor, fail
-from fastadapt.core.operation import Operation, Tensors
+from fastadapt.core.checks import check_dtype, check_heads, check_input, check_padding_mask, check_tensor, fail
+from fastadapt.core.operation import Operation, Tensors, by_backend
 from fastadapt.kernels.light_interaction import config, reference
 from fastadapt.kernels.light_interaction.reference import Direction
 
@@ -95,19 +94,8 @@ def _check_inputs(x: Tensor, y: Tensor, num_heads: int, mask: Tensor | None) -> 
     check_tensor("x", x, (None, None, None), x.device)
     batch, _, width = x.shape
     check_tensor("y", y, (batch, None, width), x.device)
-    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
-        fail("num_heads", "an integer of at least 1", repr(num_heads))
-    if width == 0 or width % num_heads:
-        fail("num_heads", f"a divisor of x's width {width}", num_heads)
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        fail("y_padding_mask", "None or a bool tensor, True for a word to ignore", got)
-    if mask.shape != y.shape[:2]:
-        fail("y_padding_mask", f"shape {tuple(y.shape[:2])}", f"shape {tuple(mask.shape)}")
-    if mask.device != x.device:
-        fail("y_padding_mask", f"a tensor on {x.device}, where x is", f"one on {mask.device}")
+    check_heads("num_heads", num_heads, width, "x")
+    check_padding_mask("y_padding_mask", mask, (batch, y.shape[1]), x.device)
 
 
 def _check_direction(x: Tensor, direction: Direction, first: Tensor, names: Sequence[str], autocast: bool) -> None:
@@ -118,26 +106,6 @@ def _check_direction(x: Tensor, direction: Direction, first: Tensor, names: Sequ
         check_dtype(names[0], direction.in_weight, (x.dtype, torch.float32) if x.dtype.itemsize == 2 else (x.dtype,))
     for name, tensor in zip(names, direction):
         check_dtype(name, tensor, (first.dtype,))
-
-
-def _implementation(backend: str) -> Any:
-    if backend == "reference":
-        return reference
-    from fastadapt.kernels.light_interaction import triton_launch
-
-    return triton_launch
-
-
-def _forward(tensors: Tensors, num_heads: int, backend: str) -> list[Tensor]:
-    return _implementation(backend).forward(tensors, num_heads)
-
-
-def _backward(saved: Tensors, grads: Tensors, needs: Sequence[bool], num_heads: int, backend: str) -> list[Tensor]:
-    return _implementation(backend).backward(saved, grads, needs, num_heads)
-
-
-def _reference_backward(saved: Tensors, grads: Tensors, needs: Sequence[bool], num_heads: int, backend: str) -> list[Tensor]:
-    return reference.backward(saved, grads, needs, num_heads)
 
 
 def _forward_fake(tensors: Tensors, num_heads: int, backend: str) -> list[Tensor]:
@@ -157,11 +125,9 @@ def _backward_fake(saved: Tensors, grads: Tensors, needs: Sequence[bool], num_he
 _operation = Operation(
     name="light_interaction",
     options_schema="int num_heads, str backend",
-    forward=_forward,
+    **by_backend(reference, triton="fastadapt.kernels.light_interaction.triton_launch"),
     forward_fake=_forward_fake,
     primary=lambda count: 2,
     save=reference.save,
-    backward=_backward,
-    reference_backward=_reference_backward,
     backward_fake=_backward_fake,
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastadapt import native
 from fastadapt.core.backend import autocast_dtype, choose
 from fastadapt.core.checks import FLOATS, check_dtype, check_input, check_number, check_probability, check_tensor, fail
-from fastadapt.core.operation import Operation, Tensors
+from fastadapt.core.operation import Operation, Tensors, by_backend
 from fastadapt.core.philox import draw_seed, threshold
 from fastadapt.kernels.lora_linear import config, native_kernel, reference
 
@@ -199,32 +199,6 @@ def _check_member(
     check_dtype(names[3], lora_b, (lora_a.dtype,))
 
 
-def _implementation(backend: str) -> Any:
-    if backend == "reference":
-        return reference
-    if backend == "native":
-        return native_kernel
-    from fastadapt.kernels.lora_linear import triton_launch
-
-    return triton_launch
-
-
-def _forward(tensors: Tensors, scales: Sequence[float], dropout_p: float, backend: str) -> list[Tensor]:
-    return _implementation(backend).forward(tensors, scales, dropout_p)
-
-
-def _backward(
-    saved: Tensors, grads: Tensors, needs: Sequence[bool], scales: Sequence[float], dropout_p: float, backend: str
-) -> list[Tensor]:
-    return _implementation(backend).backward(saved, grads, needs, scales, dropout_p)
-
-
-def _reference_backward(
-    saved: Tensors, grads: Tensors, needs: Sequence[bool], scales: Sequence[float], dropout_p: float, backend: str
-) -> list[Tensor]:
-    return reference.backward(saved, grads, needs, scales, dropout_p)
-
-
 def _forward_fake(tensors: Tensors, scales: Sequence[float], dropout_p: float, backend: str) -> list[Tensor]:
     x, group = tensors[0], reference.members(tensors)
     rows = prod(x.shape[:-1])
@@ -244,11 +218,13 @@ def _backward_fake(
 _operation = Operation(
     name="lora_linear",
     options_schema="float[] scales, float dropout_p, str backend",
-    forward=_forward,
+    **by_backend(
+        reference,
+        native="fastadapt.kernels.lora_linear.native_kernel",
+        triton="fastadapt.kernels.lora_linear.triton_launch",
+    ),
     forward_fake=_forward_fake,
     primary=lambda count: count // 2,
     save=reference.save,
-    backward=_backward,
-    reference_backward=_reference_backward,
     backward_fake=_backward_fake,
 )

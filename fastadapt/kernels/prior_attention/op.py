@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastadapt.core.backend import autocast_dtype, choose
-from fastadapt.core.checks import check_dtype, check_input, check_number, check_tensor, fail
-from fastadapt.core.operation import Operation, Tensors
+from fastadapt.core.checks import check_dtype, check_heads, check_input, check_number, check_padding_mask, check_tensor
+from fastadapt.core.operation import Operation, Tensors, by_backend
 from fastadapt.kernels.prior_attention import config, reference
 
 
@@ -78,43 +77,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None)
     batch, _, width = q.shape
     check_tensor("k", k, (batch, None, width), q.device)
     check_tensor("v", v, tuple(k.shape), q.device)
-    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
-        fail("num_heads", "an integer of at least 1", repr(num_heads))
-    if width == 0 or width % num_heads:
-        fail("num_heads", f"a divisor of q's width {width}", num_heads)
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        fail("key_padding_mask", "None or a bool tensor, True for a key to ignore", got)
-    if mask.shape != k.shape[:2]:
-        fail("key_padding_mask", f"shape ({batch}, {k.shape[1]})", f"shape {tuple(mask.shape)}")
-    if mask.device != q.device:
-        fail("key_padding_mask", f"a tensor on {q.device}, where q is", f"one on {mask.device}")
-
-
-def _implementation(backend: str) -> Any:
-    if backend == "reference":
-        return reference
-    from fastadapt.kernels.prior_attention import triton_launch
-
-    return triton_launch
-
-
-def _forward(tensors: Tensors, num_heads: int, scale: float, backend: str) -> list[Tensor]:
-    return _implementation(backend).forward(tensors, num_heads, scale)
-
-
-def _backward(
-    saved: Tensors, grads: Tensors, needs: Sequence[bool], num_heads: int, scale: float, backend: str
-) -> list[Tensor]:
-    return _implementation(backend).backward(saved, grads, needs, num_heads, scale)
-
-
-def _reference_backward(
-    saved: Tensors, grads: Tensors, needs: Sequence[bool], num_heads: int, scale: float, backend: str
-) -> list[Tensor]:
-    return reference.backward(saved, grads, needs, num_heads, scale)
+    check_heads("num_heads", num_heads, width, "q")
+    check_padding_mask("key_padding_mask", mask, (batch, k.shape[1]), q.device)
 
 
 def _forward_fake(tensors: Tensors, num_heads: int, scale: float, backend: str) -> list[Tensor]:
@@ -131,11 +95,9 @@ def _backward_fake(
 _operation = Operation(
     name="prior_attention",
     options_schema="int num_heads, float scale, str backend",
-    forward=_forward,
+    **by_backend(reference, triton="fastadapt.kernels.prior_attention.triton_launch"),
     forward_fake=_forward_fake,
     primary=lambda count: 1,
     save=reference.save,
-    backward=_backward,
-    reference_backward=_reference_backward,
     backward_fake=_backward_fake,
 )

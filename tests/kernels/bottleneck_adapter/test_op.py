@@ -39,7 +39,7 @@ WRONG = {
     "up_weight is transposed": ({"up_weight": ones(5, 12)}, "up_weight: expected shape (any, 5), got shape (5, 12)"),
     "up_weight is elsewhere": (
         {"up_weight": torch.ones(12, 5, device="meta")},
-        "up_weight: expected a tensor on cpu, where x is, got one on meta",
+        "up_weight: expected a tensor on cpu, where the others are, got one on meta",
     ),
     "up_bias is too short": ({"up_bias": ones(5)}, "up_bias: expected shape (12), got shape (5,)"),
     "norm_weight is too short": ({"norm_weight": ones(5)}, "norm_weight: expected shape (6), got shape (5,)"),

@@ -31,7 +31,7 @@ WRONG = {
     "y has another width": ({"y": ones(2, 3, 5)}, "y: expected shape (2, any, 6), got shape (2, 3, 5)"),
     "y has another batch": ({"y": ones(1, 3, 6)}, "y: expected shape (2, any, 6), got shape (1, 3, 6)"),
     "y is double": ({"y": ones(2, 3, 6).double()}, "y: expected torch.float32, got torch.float64"),
-    "y is elsewhere": ({"y": ones(2, 3, 6, device="meta")}, "y: expected a tensor on cpu, where x is, got one on meta"),
+    "y is elsewhere": ({"y": ones(2, 3, 6, device="meta")}, "y: expected a tensor on cpu, where the others are, got one on meta"),
     "one direction": ({"in_proj_weights": [ones(18, 6)]}, "in_proj_weights: expected 2 entries, one a direction, got 1"),
     "a weight is square": (
         {"in_proj_weights": [ones(18, 6), ones(6, 6)]},
@@ -56,12 +56,12 @@ WRONG = {
     "no heads": ({"num_heads": 0}, "num_heads: expected an integer of at least 1, got 0"),
     "heads are a float": ({"num_heads": 2.0}, "num_heads: expected an integer of at least 1, got 2.0"),
     "heads that do not divide": ({"num_heads": 4}, "num_heads: expected a divisor of x's width 6, got 4"),
-    "mask is a number": ({"y_padding_mask": 1}, "y_padding_mask: expected None or a bool tensor, True for a word to ignore"),
+    "mask is a number": ({"y_padding_mask": 1}, "y_padding_mask: expected None or a bool tensor, True for a key to ignore"),
     "mask is float": ({"y_padding_mask": ones(2, 3)}, "y_padding_mask: expected None or a bool tensor"),
     "mask is of x": ({"y_padding_mask": ones(2, 4).bool()}, "y_padding_mask: expected shape (2, 3), got shape (2, 4)"),
     "mask is elsewhere": (
         {"y_padding_mask": ones(2, 3, device="meta").bool()},
-        "y_padding_mask: expected a tensor on cpu, where x is, got one on meta",
+        "y_padding_mask: expected a tensor on cpu, where the others are, got one on meta",
     ),
     "backend is unknown": ({"backend": "native"}, "backend: expected None or one of reference, triton, got 'native'"),
 }

@@ -51,7 +51,7 @@ WRONG = {
     ),
     "weight is elsewhere": (
         {"weight": torch.ones(5, 6, device="meta")},
-        "weight: expected a tensor on cpu, where x is, got one on meta",
+        "weight: expected a tensor on cpu, where the others are, got one on meta",
     ),
     "bias is too long": ({"bias": torch.ones(6)}, "bias: expected shape (5), got shape (6,)"),
     "bias is half": ({"bias": torch.ones(5).half()}, "bias: expected torch.float32, got torch.float16"),

@@ -65,7 +65,7 @@ WRONG = {
     ),
     "the mask is elsewhere": (
         {"key_padding_mask": torch.zeros(2, 3, dtype=torch.bool, device="meta")},
-        "key_padding_mask: expected a tensor on cpu, where q is, got one on meta",
+        "key_padding_mask: expected a tensor on cpu, where the others are, got one on meta",
     ),
     "scale is infinite": ({"scale": float("inf")}, "scale: expected a finite number, got inf"),
     "scale is a string": ({"scale": "1"}, "scale: expected a finite number, got '1'"),
