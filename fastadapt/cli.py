@@ -13,8 +13,9 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -120,26 +121,30 @@ def _library() -> str:
     return f"loaded from {status.path}" if status.loaded else status.reason
 
 
-def _operations() -> list[str]:
+def _operations() -> dict[str, Any]:
     from fastadapt.prove.cases import operations
 
-    return list(operations())
+    return operations()
 
 
 def _backends() -> list[tuple[str, ...]]:
     """For each operation and kind of device, the backend of a float32 call, and what keeps the others from running."""
-    return [(name, kind, *_backend(name, kind)) for name in _operations() for kind in ("cpu", "cuda")]
+    return [
+        (name, kind, *_backend(name, kind, cases.BACKENDS))
+        for name, cases in _operations().items()
+        for kind in ("cpu", "cuda")
+    ]
 
 
-def _backend(operation: str, kind: str) -> tuple[str, str]:
+def _backend(operation: str, kind: str, others: Sequence[str]) -> tuple[str, str]:
     if kind == "cuda" and not torch.cuda.is_available():
         return "-", "torch.cuda.is_available() is False"
     x = torch.empty(0, device=kind)
-    reasons = [f"not {name}: {reason}" for name, why_not in WHY_NOT.items() for reason in why_not(x.device, x.dtype)]
+    reasons = [f"not {name}: {reason}" for name in others for reason in WHY_NOT[name](x.device, x.dtype)]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it would repeat the reasons
-            return choose(operation, None, x), "; ".join(reasons)
+            return choose(operation, None, x, ("reference", *others)), "; ".join(reasons)
     except BackendError as error:
         return "none", str(error)
 
@@ -147,10 +152,11 @@ def _backend(operation: str, kind: str) -> tuple[str, str]:
 def _tuned() -> list[tuple[str, ...]]:
     """For each operation and GPU, whether its tiles were measured on such a GPU or come from the model."""
     gpus = sorted({torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())})
-    tables = {name: importlib.import_module(f"fastadapt.kernels.{name}.config").table for name in _operations()}
+    configs = {name: importlib.import_module(f"fastadapt.kernels.{name}.config") for name in _operations()}
     return [
-        (name, gpu, "tuned" if table(gpu) else "not tuned: tiles come from a model of the GPU")
-        for name, table in tables.items()
+        # an operation without a table has tiles from the model alone
+        (name, gpu, "tuned" if hasattr(config, "table") and config.table(gpu) else "not tuned: tiles come from a model of the GPU")
+        for name, config in configs.items()
         for gpu in gpus
     ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from fastadapt import cli, native
 from fastadapt.core.backend import BackendError
+from fastadapt.prove.cases import operations
 
 
 def call(*arguments: str) -> Result:
@@ -48,7 +50,9 @@ def test_doctor_without_a_gpu(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> 
     assert ["no-such-package", "missing"] in told
     assert ["GPUs"] in told and told[told.index(["GPUs"]) + 1] == ["none"]
     assert ["lora_linear", "cuda", "-", "torch.cuda.is_available()", "is", "False"] in told
-    assert any(line[:2] == ["lora_linear", "cpu"] for line in told)
+    for name, cases in operations().items():
+        (line,) = (line for line in told if line[:2] == [name, "cpu"])
+        assert line[2] in ("reference", *cases.BACKENDS)
     assert ["FASTADAPT_STRICT", "1"] in told
 
 
@@ -79,22 +83,24 @@ def test_driver(monkeypatch: pytest.MonkeyPatch, found: str | None, answer: tupl
 
 
 def test_tuned_tables_are_told_by_gpu(two_gpus: None) -> None:
-    assert cli._tuned() == [("lora_linear", "NVIDIA T", "not tuned: tiles come from a model of the GPU")]
+    untuned = "NVIDIA T", "not tuned: tiles come from a model of the GPU"
+    assert cli._tuned() == [(name, *untuned) for name in operations()]
 
 
 def test_every_reason_against_a_backend_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     why_not = {"fast": lambda device, dtype: [], "faster": lambda device, dtype: ["too hot", f"too {device}"]}
     monkeypatch.setattr(cli, "WHY_NOT", why_not)
-    monkeypatch.setattr(cli, "choose", lambda operation, requested, x: "fast")
-    assert cli._backend("lora_linear", "cpu") == ("fast", "not faster: too hot; not faster: too cpu")
+    monkeypatch.setattr(cli, "choose", lambda operation, requested, x, backends: "fast")
+    assert cli._backend("lora_linear", "cpu", ["faster"]) == ("fast", "not faster: too hot; not faster: too cpu")
 
 
 def test_a_call_that_strict_mode_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(operation: str, requested: str | None, x: torch.Tensor) -> str:
+    def refuse(operation: str, requested: str | None, x: torch.Tensor, backends: Sequence[str]) -> str:
         raise BackendError(f"{operation}: refused")
 
+    monkeypatch.setattr(cli, "WHY_NOT", {"faster": lambda device, dtype: []})
     monkeypatch.setattr(cli, "choose", refuse)
-    assert cli._backend("lora_linear", "cpu") == ("none", "lora_linear: refused")
+    assert cli._backend("lora_linear", "cpu", ["faster"]) == ("none", "lora_linear: refused")
 
 
 @pytest.fixture
