@@ -148,7 +148,7 @@ def call(vision: tuple, words: tuple, mask: torch.Tensor | None = None) -> torch
         (lambda: GlobalAlignment(1, 8, 2, dropout=1.0), "dropout: expected .* got 1.0"),
         (lambda: call((B, WIDTH, H), (B, L, WIDTH)), "vision: expected shape"),
         (lambda: call((B, WIDTH, H, W), (B, L, 4)), r"words: expected shape \(2, any, 8\)"),
-        (lambda: call((B, WIDTH, H, W), (B, L, WIDTH), torch.zeros(B, L)), "key_padding_mask: expected torch.bool"),
+        (lambda: call((B, WIDTH, H, W), (B, L, WIDTH), torch.zeros(B, L)), "key_padding_mask: expected None or a bool tensor"),
     ],
 )
 def test_bad_arguments_are_named(call, message):
