@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from bench.case import Case
-from bench.cases import bottleneck_adapter, clip_lora, light_interaction, lora_linear, prior_attention
+from bench.cases import bottleneck_adapter, clip_lora, light_interaction, local_dwconv, lora_linear, prior_attention
 
 # each module: the shapes that a GPU measures, those that a CPU can, and the case of a shape
 OPERATIONS = {
@@ -13,6 +13,7 @@ OPERATIONS = {
     "bottleneck_adapter": bottleneck_adapter,
     "prior_attention": prior_attention,
     "light_interaction": light_interaction,
+    "local_dwconv": local_dwconv,
 }
 CLIP = {"cuda": (("bfloat16", 32), ("float32 under bfloat16 autocast", 32)), "cpu": (("float32", 4),)}
 
