@@ -24,11 +24,13 @@ INSIDE = {
     "fastadapt/kernels/*/reference.py": ["fastadapt.core.philox"],
     "fastadapt/kernels/*/config.py": ["fastadapt.core.*"],
     "fastadapt/kernels/*/triton_kernel.py": ["fastadapt.core.*"],
+    "fastadapt/kernels/*/triton_grad_kernel.py": ["fastadapt.core.*", "fastadapt.kernels.{op}.triton_kernel"],
     "fastadapt/kernels/*/triton_launch.py": [
         "fastadapt.core.*",
         "fastadapt.kernels.{op}.reference",
         "fastadapt.kernels.{op}.config",
         "fastadapt.kernels.{op}.triton_kernel",
+        "fastadapt.kernels.{op}.triton_grad_kernel",
     ],
     "fastadapt/kernels/*/native_kernel.py": ["fastadapt.core.philox", "fastadapt.native", "fastadapt.kernels.{op}.reference"],
     "fastadapt/kernels/*/op.py": [
@@ -60,7 +62,13 @@ INSIDE = {
 
 # Packages that only these files may import; everything else from outside is free.
 OUTSIDE = {
-    "triton": ["*/triton_kernel.py", "fastadapt/core/device_math.py", "fastadapt/core/launch.py", "fastadapt/prove/*"],
+    "triton": [
+        "*/triton_kernel.py",
+        "*/triton_grad_kernel.py",
+        "fastadapt/core/device_math.py",
+        "fastadapt/core/launch.py",
+        "fastadapt/prove/*",
+    ],
     "peft": ["fastadapt/integrations/peft.py"],
     "transformers": [],
     "typer": ["fastadapt/cli.py"],
