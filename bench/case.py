@@ -19,6 +19,7 @@ EAGER = "eager"  # the equation in torch's own functions
 RELEASED = "released"  # what a method's released code calls
 SDPA = "SDPA"  # with F.scaled_dot_product_attention
 XFORMERS = "xformers"
+CHANNELS_LAST = "channels last"  # torch's convolution of a view of the tokens, without copies of the layout
 COMPILED = "torch.compile"
 ADDMM = "addmm-style"
 FASTADAPT = "fastadapt"

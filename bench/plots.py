@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.case import ADDMM, AGAIN, COMPILED, EAGER, FASTADAPT, FROZEN, PEFT, RELEASED, SDPA, XFORMERS
+from bench.case import ADDMM, AGAIN, CHANNELS_LAST, COMPILED, EAGER, FASTADAPT, FROZEN, PEFT, RELEASED, SDPA, XFORMERS
 from bench.summary import ORDER, Group, operation
 
 INK, FAINT = "#1f2933", "#9aa5b1"
@@ -20,6 +20,7 @@ COLOURS = {  # told apart without colour vision, and in grey
     EAGER: "#d55e00",
     SDPA: "#009e73",
     XFORMERS: "#f0e442",
+    CHANNELS_LAST: "#009e73",  # SDPA's place, in cases that are no attention
     COMPILED: "#cc79a7",
     ADDMM: "#e69f00",
     FASTADAPT: "#0072b2",

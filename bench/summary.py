@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.case import ADDMM, AGAIN, COMPILED, EAGER, FASTADAPT, FROZEN, PEFT, RELEASED, SDPA, XFORMERS
+from bench.case import ADDMM, AGAIN, CHANNELS_LAST, COMPILED, EAGER, FASTADAPT, FROZEN, PEFT, RELEASED, SDPA, XFORMERS
 from bench.rows import Row
 from bench.stats import Ratio, ratio
 
-ORDER = (FROZEN, PEFT, RELEASED, EAGER, SDPA, XFORMERS, COMPILED, ADDMM, FASTADAPT, AGAIN)
+ORDER = (FROZEN, PEFT, RELEASED, EAGER, SDPA, XFORMERS, CHANNELS_LAST, COMPILED, ADDMM, FASTADAPT, AGAIN)
 BASELINES = (PEFT, RELEASED, EAGER)  # the first of them that a case has is what ratios are given against
 COUNTS = (  # kind of row, value, what it is
     ("saved", "saved_bytes", "bytes kept for backward"),

@@ -12,12 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastadapt
-from bench.case import EAGER, FASTADAPT, Case, Work
+from bench.case import CHANNELS_LAST, EAGER, FASTADAPT, Case, Work
 from bench.cases import functional
 from bench.cases.common import sizes
 from bench.cases.functional import Normal, Tensors, Workload
-
-CHANNELS_LAST = "channels last"  # torch's convolution of a view of the tokens, without copies of the layout
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from bench.case import FASTADAPT, FROZEN, PEFT
 from bench.cases import CLIP, find, lora_linear, model_cases, operation_cases
 from bench.cases.clip_lora import contrastive_loss
 from bench.cases.lora_linear import ADDMM, Shape
+from bench.plots import COLOURS
+from bench.summary import ORDER
 
 SMALL = Shape(rows=40, k=24, n=32, r=4, precision="fp32")
 SHAPES = [SMALL, replace(SMALL, members=3), replace(SMALL, dropout=0.0), replace(SMALL, precision="autocast")]
@@ -66,6 +68,13 @@ def test_the_table_finds_each_case_and_names_all_for_an_unknown_one() -> None:
             assert case.name == name == find(name).name
     with pytest.raises(ValueError, match=r"case: expected one of\n  lora_linear [\s\S]*got 'nothing'"):
         find("nothing")
+
+
+@pytest.mark.parametrize("device", CLIP)
+def test_the_report_knows_every_arm(device: str) -> None:
+    """One that it does not know would be timed and left out."""
+    for case in (operation_cases(device) | model_cases(device)).values():
+        assert set(case.arms) <= set(ORDER) and set(case.arms) <= set(COLOURS), case.name
 
 
 def test_contrastive_loss_rewards_matching_pairs() -> None:
