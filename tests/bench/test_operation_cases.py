@@ -14,7 +14,17 @@ from torch import Tensor
 
 from bench import job
 from bench.case import COMPILED, EAGER, FASTADAPT, RELEASED, SDPA, XFORMERS, Unavailable
-from bench.cases import OPERATIONS, bottleneck_adapter, functional, light_interaction, operation_cases, prior_attention
+from bench.cases import (
+    OPERATIONS,
+    bottleneck_adapter,
+    functional,
+    light_interaction,
+    loca,
+    local_dwconv,
+    lora_linear,
+    operation_cases,
+    prior_attention,
+)
 from bench.clocks import ROTATION
 from bench.rows import Recorder, read
 from bench.run import Session
@@ -33,6 +43,8 @@ SMALL = [
     (bottleneck_adapter, ADAPTER(activation="gelu", scale=0.1, frozen=True, precision="fp32")),
     (bottleneck_adapter, ADAPTER(norm=True, scale=0.1, residual=True, precision="autocast")),
     (light_interaction, INTERACTION(precision="autocast")),
+    (local_dwconv, local_dwconv.Shape(2, 5, 16, precision="fp32")),
+    (loca, loca.Shape(2, 5, precision="fp32")),
 ]
 each_operation = pytest.mark.parametrize("module", PLAIN, ids=lambda module: module.__name__.split(".")[-1])
 
@@ -51,6 +63,10 @@ def test_every_arm_is_right(module: ModuleType, shape: Any) -> None:
     names = [name for name in case.arms if name not in (COMPILED, XFORMERS)]
     assert {name: reasons(case, name) for name in names} == {name: [] for name in names}
     assert FASTADAPT in names
+
+
+def test_no_operation_is_left_out() -> None:
+    assert {module for module, _ in SMALL} | {lora_linear} == set(OPERATIONS.values())
 
 
 @each_operation
