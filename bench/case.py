@@ -20,6 +20,18 @@ RELEASED = "released"  # what a method's released code calls
 SDPA = "SDPA"  # with F.scaled_dot_product_attention
 XFORMERS = "xformers"
 CHANNELS_LAST = "channels last"  # torch's convolution of a view of the tokens, without copies of the layout
+STACKED = "stacked"  # with the weights of several layers stacked into as few products as possible
+ONE_BY_ONE = "one by one"  # fastadapt's operation for one part, called for each
+CUDNN_ARMS = {  # either of the two layouts under other settings of torch.backends.cudnn; ATen's own kernels know no benchmark
+    f"{layout}, {setting}": (layout, options)
+    for layout in (EAGER, CHANNELS_LAST)
+    for setting, options in {
+        "cudnn.benchmark": {"benchmark": True},
+        "cuDNN's kernels": {"depthwise_kernel": "cudnn"},
+        "cuDNN's kernels, cudnn.benchmark": {"depthwise_kernel": "cudnn", "benchmark": True},
+        "ATen's kernels": {"depthwise_kernel": "native"},
+    }.items()
+}
 COMPILED = "torch.compile"
 ADDMM = "addmm-style"
 FASTADAPT = "fastadapt"

@@ -9,8 +9,10 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.case import ADDMM, AGAIN, CHANNELS_LAST, COMPILED, EAGER, FASTADAPT, FROZEN, PEFT, RELEASED, SDPA, XFORMERS
-from bench.summary import ORDER, Group, operation
+from bench.case import (
+    ADDMM, AGAIN, CHANNELS_LAST, COMPILED, CUDNN_ARMS, EAGER, FASTADAPT, FROZEN, ONE_BY_ONE, PEFT, RELEASED, SDPA, STACKED, XFORMERS
+)  # fmt: skip
+from bench.summary import Group, operation
 
 INK, FAINT = "#1f2933", "#9aa5b1"
 COLOURS = {  # told apart without colour vision, and in grey
@@ -21,8 +23,11 @@ COLOURS = {  # told apart without colour vision, and in grey
     SDPA: "#009e73",
     XFORMERS: "#f0e442",
     CHANNELS_LAST: "#009e73",  # SDPA's place, in cases that are no attention
+    **dict.fromkeys(CUDNN_ARMS, "#56b4e9"),  # one colour, as each has its name beside it
+    STACKED: "#009e73",  # as CHANNELS_LAST
     COMPILED: "#cc79a7",
     ADDMM: "#e69f00",
+    ONE_BY_ONE: "#f0e442",  # XFORMERS's place
     FASTADAPT: "#0072b2",
     AGAIN: "#56b4e9",
 }
@@ -153,7 +158,7 @@ def _by_case(found: Sequence[Group], to: str, scale: Callable[[float], float], l
     axes.set_xlabel(label)
     axes.set_yticks(range(len(shown)), [group.case.removeprefix(operation(group.case)).strip() for group in shown])
     place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "handletextpad": 0.2, "columnspacing": 1}
-    axes.legend(frameon=False, ncols=len(ORDER), **place)
+    axes.legend(frameon=False, ncols=6, **place)
     return _svg(figure)
 
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.case import ADDMM, AGAIN, CHANNELS_LAST, COMPILED, EAGER, FASTADAPT, FROZEN, PEFT, RELEASED, SDPA, XFORMERS
+from bench.case import (
+    ADDMM, AGAIN, CHANNELS_LAST, COMPILED, CUDNN_ARMS, EAGER, FASTADAPT, FROZEN, ONE_BY_ONE, PEFT, RELEASED, SDPA, STACKED, XFORMERS
+)  # fmt: skip
 from bench.rows import Row
 from bench.stats import Ratio, ratio
 
-ORDER = (FROZEN, PEFT, RELEASED, EAGER, SDPA, XFORMERS, CHANNELS_LAST, COMPILED, ADDMM, FASTADAPT, AGAIN)
+ORDER = (
+    FROZEN, PEFT, RELEASED, EAGER, SDPA, XFORMERS, CHANNELS_LAST, *CUDNN_ARMS, STACKED, COMPILED, ADDMM, ONE_BY_ONE, FASTADAPT,
+    AGAIN,
+)  # fmt: skip
 BASELINES = (PEFT, RELEASED, EAGER)  # the first of them that a case has is what ratios are given against
 COUNTS = (  # kind of row, value, what it is
     ("saved", "saved_bytes", "bytes kept for backward"),

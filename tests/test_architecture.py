@@ -25,20 +25,30 @@ INSIDE = {
     "fastadapt/kernels/*/config.py": ["fastadapt.core.*"],
     "fastadapt/kernels/*/triton_kernel.py": ["fastadapt.core.*"],
     "fastadapt/kernels/*/triton_grad_kernel.py": ["fastadapt.core.*", "fastadapt.kernels.{op}.triton_kernel"],
+    "fastadapt/kernels/*/triton_inference_kernel.py": ["fastadapt.core.*", "fastadapt.kernels.{op}.triton_kernel"],
     "fastadapt/kernels/*/triton_launch.py": [
         "fastadapt.core.*",
         "fastadapt.kernels.{op}.reference",
         "fastadapt.kernels.{op}.config",
         "fastadapt.kernels.{op}.triton_kernel",
         "fastadapt.kernels.{op}.triton_grad_kernel",
+        "fastadapt.kernels.{op}.triton_inference_kernel",
     ],
     "fastadapt/kernels/*/native_kernel.py": ["fastadapt.core.philox", "fastadapt.native", "fastadapt.kernels.{op}.reference"],
+    "fastadapt/kernels/*/cuda_kernel.py": ["fastadapt.core.*", "fastadapt.native", "fastadapt.kernels.{op}.*"],
+    "fastadapt/kernels/frozen_group/op.py": [  # the one operation that runs another's: its linears
+        "fastadapt.core.*",
+        "fastadapt.kernels.{op}.reference",
+        "fastadapt.kernels.{op}.config",
+        "fastadapt.kernels.lora_linear.op",
+    ],
     "fastadapt/kernels/*/op.py": [
         "fastadapt.core.*",
         "fastadapt.native",
         "fastadapt.kernels.{op}.reference",
         "fastadapt.kernels.{op}.config",
         "fastadapt.kernels.{op}.native_kernel",
+        "fastadapt.kernels.{op}.cuda_kernel",
         "fastadapt.kernels.{op}.triton_launch",
     ],
     "fastadapt/kernels/*/cases.py": [
@@ -57,6 +67,15 @@ INSIDE = {
         "fastadapt.kernels",
         "fastadapt.kernels.*.cases",
     ],
+    "fastadapt/models/__init__.py": [],
+    "fastadapt/models/common/*": ["fastadapt", "fastadapt.core.*", "fastadapt.models.common.*"],
+    "fastadapt/models/plan/*": [
+        "fastadapt.core.*",
+        "fastadapt.prove.*",
+        "fastadapt.models.common.*",
+        "fastadapt.models.plan.*",
+    ],
+    "fastadapt/models/*/*": ["fastadapt", "fastadapt.core.*", "fastadapt.models.common.*", "fastadapt.models.{op}.*"],
     "fastadapt/cli.py": ["fastadapt", "fastadapt.*"],
 }
 
@@ -65,14 +84,17 @@ OUTSIDE = {
     "triton": [
         "*/triton_kernel.py",
         "*/triton_grad_kernel.py",
+        "*/triton_inference_kernel.py",
         "fastadapt/core/device_math.py",
         "fastadapt/core/launch.py",
+        "fastadapt/core/masked_kernel.py",
         "fastadapt/prove/*",
     ],
     "peft": ["fastadapt/integrations/peft.py"],
-    "transformers": [],
-    "typer": ["fastadapt/cli.py"],
-    "rich": ["fastadapt/cli.py", "fastadapt/prove/*"],
+    "transformers": ["fastadapt/models/*"],
+    "safetensors": ["fastadapt/models/*"],
+    "typer": ["fastadapt/cli.py", "fastadapt/models/plan/cli.py"],
+    "rich": ["fastadapt/cli.py", "fastadapt/prove/*", "fastadapt/models/plan/cli.py"],
     "bench": [],
     "tests": [],
 }
@@ -81,9 +103,11 @@ OUTSIDE = {
 DEFERRED = [
     ("fastadapt/kernels/*/op.py", "fastadapt.kernels.*.triton_*"),
     ("fastadapt/core/launch.py", "triton*"),
+    ("fastadapt/core/philox.py", "fastadapt.core.masked_kernel"),
     ("fastadapt/modules/*", "fastadapt.integrations.*"),
     ("fastadapt/native.py", "torch*"),
     ("fastadapt/cli.py", "fastadapt.prove*"),
+    ("fastadapt/models/plan/cli.py", "fastadapt.models*"),  # transformers, which is an extra
 ]
 
 
@@ -157,6 +181,10 @@ def test_imports_follow_the_arrows(path: Path):
         ("fastadapt/prove/a.py", "from bench import rows", "which only"),
         ("fastadapt/prove/a.py", "from fastadapt.kernels.a import config", "not one of"),
         ("fastadapt/core/a.py", "from . import launch", "relatively"),
+        ("fastadapt/core/a.py", "import transformers", "which only"),
+        ("fastadapt/models/a/modeling.py", "from fastadapt.models.b.modeling import c", "not one of"),
+        ("fastadapt/models/a/modeling.py", "from fastadapt.modules.side import SideAdapter", "not one of"),
+        ("fastadapt/models/common/a.py", "from fastadapt.models.b.modeling import c", "not one of"),
         ("fastadapt/elsewhere/a.py", "", "no rule"),
     ],
 )

@@ -5,14 +5,18 @@ y = conv(x) over the grid of patches, and x where it is the prefix token,      x
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import fastadapt
-from bench.case import CHANNELS_LAST, EAGER, FASTADAPT, Case, Work
+from bench.case import CHANNELS_LAST, CUDNN_ARMS, EAGER, FASTADAPT, Arm, Case, Unavailable, Work
 from bench.cases import functional
 from bench.cases.common import sizes
 from bench.cases.functional import Normal, Tensors, Workload
@@ -73,7 +77,9 @@ def case(shape: Shape) -> Case:
         compiled=lambda tensors: channels_last(shape, tensors),
         work={"forward": forward, "forward+backward": forward + backward_work(shape)},
     )
-    return functional.case(workload)
+    plain = functional.case(workload)
+    swept = {name: partial(on_cudnn, plain.arms[layout], options) for name, (layout, options) in CUDNN_ARMS.items()}
+    return replace(plain, arms=plain.arms | swept)
 
 
 def eager(shape: Shape, tensors: Tensors) -> Tensors:
@@ -89,6 +95,32 @@ def channels_last(shape: Shape, tensors: Tensors) -> Tensors:
 def fused(shape: Shape, tensors: Tensors) -> Tensors:
     """fastadapt's own call."""
     return {"y": fastadapt.local_dwconv(**tensors, grid=(shape.side, shape.side))}
+
+
+def on_cudnn(build: Callable[[Any], Arm], options: Mapping[str, Any], inputs: functional.Inputs) -> Arm:
+    """The arm under these settings of torch.backends.cudnn; raises Unavailable where they mean nothing."""
+    if inputs.device.type != "cuda":
+        raise Unavailable("settings of torch.backends.cudnn are for CUDA devices alone")
+    if missing := [name for name in options if not hasattr(torch.backends.cudnn, name)]:
+        raise Unavailable(f"this torch has no torch.backends.cudnn.{missing[0]}")
+    return under_cudnn(build(inputs), options)
+
+
+def under_cudnn(arm: Arm, options: Mapping[str, Any]) -> Arm:
+    """The arm, each of whose functions runs under these settings of torch.backends.cudnn."""
+
+    @contextmanager
+    def settings() -> Iterator[None]:
+        before = {name: getattr(torch.backends.cudnn, name) for name in options}
+        try:
+            for name, value in options.items():
+                setattr(torch.backends.cudnn, name, value)
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(torch.backends.cudnn, name, value)
+
+    return replace(arm, **{name: settings()(getattr(arm, name)) for name in ("forward", "backward", "outputs")})
 
 
 def image(shape: Shape, tensors: Tensors) -> Tensor:

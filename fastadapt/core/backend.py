@@ -17,6 +17,7 @@ from fastadapt.core.launch import arch_of, interpreting
 BACKENDS = ("reference", "native", "triton")
 ACCELERATORS = ("cuda",)  # device types on which Triton is the ordinary choice
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CUDA_DTYPES = (torch.float16, torch.bfloat16)
 
 
 class BackendError(RuntimeError):
@@ -55,7 +56,22 @@ def why_not_native(device: torch.device, dtype: torch.dtype) -> list[str]:
     return reasons if device.type == "cpu" else [*reasons, f"x is on {device.type}"]
 
 
-WHY_NOT = {"reference": lambda device, dtype: [], "native": why_not_native, "triton": why_not_triton}
+def why_not_cuda(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Every reason why the CUDA C++ kernels cannot run on tensors of this device and dtype; empty if they can."""
+    reasons = [reason] if (reason := native.cuda_reason()) else []
+    if device.type != "cuda":
+        reasons.append(f"x is on {device.type}")
+    if dtype not in CUDA_DTYPES:
+        reasons.append(f"x is {dtype}, kernels exist for float16 and bfloat16")
+    return reasons
+
+
+WHY_NOT = {
+    "reference": lambda device, dtype: [],
+    "native": why_not_native,
+    "triton": why_not_triton,
+    "cuda": why_not_cuda,
+}
 
 
 def choose(
@@ -64,13 +80,15 @@ def choose(
     x: Tensor,
     backends: Sequence[str] = BACKENDS,
     reasons: Sequence[str] = (),
+    cuda_reasons: Sequence[str] = (),
 ) -> str:
-    """The backend for a call of `operation` on x: the one requested, else Triton on a GPU, C++ on a CPU, or the reference.
+    """The backend for a call of `operation` on x: the one requested, else CUDA C++ or Triton on a GPU, C++ on a CPU, or the
+    reference.
 
-    backends: those that the operation has; reasons: why Triton cannot run this call, beyond its device and dtype.  A requested
-    backend that cannot run raises BackendError with every reason.  On a CPU without C++ for the operation the reference is the
-    ordinary path.  An automatic choice that falls back from Triton on a GPU warns once a reason, and raises under
-    FASTADAPT_STRICT=1.
+    backends: those that the operation has; reasons, cuda_reasons: why Triton and CUDA C++ cannot run this call, beyond its
+    device and dtype.  A requested backend that cannot run raises BackendError with every reason.  On a CPU without C++ for the
+    operation the reference is the ordinary path, and so is Triton on a GPU for a call that CUDA C++ does not take.  An
+    automatic choice that falls back from Triton on a GPU warns once a reason, and raises under FASTADAPT_STRICT=1.
     """
     device = x.device
     if requested is None and device.type == "cpu":
@@ -79,8 +97,11 @@ def choose(
         raise ValueError(f"backend: expected None or one of {', '.join(backends)}, got {requested!r}")
     if requested is None and device.type not in ACCELERATORS:
         return "reference"
-    wanted = requested or "triton"
-    reasons = [*WHY_NOT[wanted](device, x.dtype), *(reasons if wanted == "triton" else ())]
+    # asked first whether it is loaded: looking for why not takes long, and torch.compile cannot trace it
+    cuda = "cuda" in backends and native.status().cuda and not cuda_reasons and not why_not_cuda(device, x.dtype)
+    wanted = requested or ("cuda" if cuda else "triton")
+    of_call = {"triton": reasons, "cuda": cuda_reasons}
+    reasons = [*WHY_NOT[wanted](device, x.dtype), *of_call.get(wanted, ())]
     if not reasons:
         return wanted
     message = f"{operation}: the {wanted} backend cannot run: {'; '.join(reasons)}"

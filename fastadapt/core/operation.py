@@ -13,7 +13,7 @@ run the same backward.  When the backward itself is differentiated, its plain to
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import ModuleType
@@ -36,13 +36,14 @@ class Operation:
     forward(tensors, *options) -> outputs.
     forward_fake(tensors, *options) -> outputs of the right shape, dtype and device with no values.
     primary(count) -> how many of `count` outputs are results; the others are intermediate values kept for the backward.
-    save(tensors, outputs, needs) -> what the backward reads; needs says for each of `tensors` whether its gradient is wanted.
+    save(tensors, outputs, needs) -> what the backward reads; needs says for each of `tensors` whether its gradient is wanted, and
+        those that `added` names come as None.
     backward(saved, grads, needs, *options) -> the gradients of those tensors that `needs` marks, in order.  The gradient of a
         result is always a tensor; that of an intermediate value is None unless the backward itself is differentiated.
     reference_backward: the same with differentiable torch functions.
     backward_fake(saved, grads, needs, *options) -> like forward_fake.
-    added: the index in `tensors` of one that is added to the first result, if there is one: its gradient is that result's,
-        which the backward is not asked for.  The two have the same shape and dtype.
+    added(*options) -> the indices in `tensors` of those that are added to the first result and have its shape: their gradient is
+        that result's, which the backward is not asked for.  Autograd itself casts it where the result's dtype is wider.
     """
 
     name: str
@@ -54,7 +55,7 @@ class Operation:
     backward: Callable[..., list[Tensor]]
     reference_backward: Callable[..., list[Tensor]]
     backward_fake: Callable[..., list[Tensor]]
-    added: int | None = None
+    added: Callable[..., Collection[int]] = lambda *options: ()
     _op: Any = field(init=False, default=None)
     _backward_op: Any = field(init=False, default=None)
 
@@ -89,6 +90,8 @@ class Operation:
         ctx.set_materialize_grads(False)
         ctx.options, ctx.needs = options, needs
         ctx.results = [(output.shape, output.dtype) for output in outputs[: self.primary(len(outputs))]]
+        if added := self.added(*options):
+            tensors = [None if i in added else tensor for i, tensor in enumerate(tensors)]
         ctx.save_for_backward(*self.save(tensors, outputs, needs))
 
     def gradients(self, ctx: Any, backward: Callable[..., list[Tensor]], grads: Tensors) -> Iterator[Tensor | None]:
@@ -99,7 +102,8 @@ class Operation:
             if grad is None:
                 grads = materialise(grads, ctx.results)
                 break
-        computed = [need and i != self.added for i, need in enumerate(ctx.needs)]
+        added = self.added(*ctx.options)
+        computed = [need and i not in added for i, need in enumerate(ctx.needs)]
         wanted = iter(backward(ctx.saved_tensors, grads, computed, *ctx.options) if grads and True in computed else ())
         for need, compute in zip(ctx.needs, computed):
             if need and grads:

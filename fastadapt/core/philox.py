@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastadapt import native
+from fastadapt.core import backend
 
 PIECES = 8
 _RESOLUTION = 65536
@@ -29,24 +30,30 @@ library = torch.library.Library("fastadapt", "FRAGMENT")
 library.define("draw_seed(Tensor slot) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 
 
-def _draw(device: torch.device) -> Tensor:
-    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+def _draw(device: torch.device, count: int = 1) -> Tensor:
+    return torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64, device=device)
 
 
-library.impl("draw_seed", lambda slot: _draw(slot.device), "CompositeExplicitAutograd")
+library.impl("draw_seed", lambda slot: _draw(slot.device, slot.numel()), "CompositeExplicitAutograd")
 torch.library.register_fake("fastadapt::draw_seed", torch.empty_like, lib=library)
 
 
-def draw_seed(device: torch.device) -> Tensor:
-    """Draw 64 random bits from torch's default generator of `device`, as an int64 tensor of shape (1,) on it.
+def draw_seed(device: torch.device, count: int = 1) -> Tensor:
+    """Draw `count` times 64 random bits from torch's default generator of `device`, as an int64 tensor of shape (count,) on it.
 
     The draw advances the generator as any random torch function does, so torch.manual_seed, checkpointing's saved random state
     and CUDA graphs' generator offsets all govern the masks.  It stays on the device: no synchronisation.
     """
     if torch.compiler.is_compiling():
         # graph compilers merge equal nodes, random custom ops too, but never torch.empty: the slot keeps every draw its own
-        return torch.ops.fastadapt.draw_seed(torch.empty(1, dtype=torch.int64, device=device))
-    return _draw(device)
+        return torch.ops.fastadapt.draw_seed(torch.empty(count, dtype=torch.int64, device=device))
+    return _draw(device, count)
+
+
+def draw_seeds(device: torch.device, count: int) -> list[Tensor]:
+    """`count` seeds as `draw_seed` gives them, drawn at once."""
+    drawn = draw_seed(device, 2 * count)  # every second one: kernels are compiled for pointers to multiples of 16 bytes
+    return [drawn[2 * i : 2 * i + 1] for i in range(count)]
 
 
 def threshold(p: float) -> int:
@@ -98,4 +105,9 @@ def masked(x: Tensor, seed: Tensor, p: float, member: int = 0) -> Tensor:
     differentiated = x.requires_grad and torch.is_grad_enabled()
     if x.device.type == "cpu" and not differentiated and native.load():
         return torch.ops.fastadapt_native.masked(x, seed, threshold(p), member)
+    if x.device.type in backend.ACCELERATORS and not differentiated and not torch.compiler.is_compiling():
+        if not backend.why_not_triton(x.device, x.dtype):
+            from fastadapt.core import masked_kernel
+
+            return masked_kernel.masked(x, seed, threshold(p), member)
     return torch.where(keep_mask(seed, *x.shape, p, member), x, 0)

@@ -6,7 +6,8 @@ import pytest
 import torch
 import triton
 
-from fastadapt.core.launch import Launch
+from fastadapt.core import masked_kernel
+from fastadapt.core.launch import Launch, recording
 from fastadapt.prove import interpreter
 from fastadapt.prove.report import ARCHS, Budget, Report
 from fastadapt.prove.static import compile_launch, compile_launches
@@ -149,3 +150,13 @@ def test_active_driver_is_left_as_it_was() -> None:
     before = driver._active
     compile_launch(matmul(), 80)
     assert driver._active is before
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dropouts_kernel_moves_sixteen_bytes_at_a_time(arch: int, dtype: torch.dtype) -> None:
+    x, seed = torch.empty(1370, 768, dtype=dtype, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
+    with recording() as started:
+        masked_kernel.masked(x, seed, 6554, 0)
+    (report,) = compile_launches((launch, arch) for launch in started)
+    assert Budget(min_load_bytes=16, min_store_bytes=16).violations(report) == []

@@ -172,31 +172,45 @@ def test_opcheck(missing):
     torch.library.opcheck(torch.ops.fastadapt.test_toy_backward.default, (saved, grads, needs, 3.0))
 
 
-biased = Operation(
-    name="test_biased",
-    options_schema="float scale",
-    forward=lambda tensors, scale: [scale * tensors[0] + tensors[1]],
-    forward_fake=lambda tensors, scale: [torch.empty_like(tensors[0])],
+summed = Operation(
+    name="test_summed",
+    options_schema="int count",
+    forward=lambda tensors, count: [3.0 * tensors[0] + sum(tensors[1 : 1 + count]) + sum(tensors[1 + count :])],
+    forward_fake=lambda tensors, count: [torch.empty_like(tensors[0])],
     primary=lambda count: count,
-    save=lambda tensors, outputs, needs: [],
-    backward=lambda saved, grads, needs, scale: calls.append(tuple(needs)) or [scale * grads[0]],
-    reference_backward=lambda saved, grads, needs, scale: [scale * grads[0]],
-    backward_fake=lambda saved, grads, needs, scale: [torch.empty_like(grads[0])],
-    added=1,
+    save=lambda tensors, outputs, needs: calls.append([tensor is None for tensor in tensors]) or [],
+    backward=lambda saved, grads, needs, count: calls.append(tuple(needs)) or [3.0 * grads[0]],
+    reference_backward=lambda saved, grads, needs, count: [3.0 * grads[0]],
+    backward_fake=lambda saved, grads, needs, count: [torch.empty_like(grads[0])],
+    added=lambda count: range(1, 1 + count),
 )
 
 
-@pytest.mark.parametrize("way", ["eager", "op", "compiled"])
-def test_the_gradient_of_what_is_added_is_the_results(way):
-    """It is passed on, not copied; the backward does not run for it alone."""
+@every_way
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_the_gradient_of_what_is_added_is_the_results(way, count):
+    """It is passed on, not copied; the backward does not run for it alone, and nothing of it is kept."""
     ways = {
-        "eager": lambda x, b: biased((x, b), 3.0)[0],
-        "op": lambda x, b: torch.ops.fastadapt.test_biased([x, b], 3.0)[0],
-        "compiled": torch.compile(lambda x, b: biased((x, b), 3.0)[0], fullgraph=True, backend="aot_eager"),
+        "eager": lambda *tensors: summed(tensors, count)[0],
+        "op": lambda *tensors: torch.ops.fastadapt.test_summed(list(tensors), count)[0],
+        "compiled": torch.compile(lambda *tensors: summed(tensors, count)[0], fullgraph=True, backend="aot_eager"),
     }
-    x, b, grad = (torch.randn(4, dtype=torch.float64, requires_grad=i < 2) for i in range(3))
-    dx, db = torch.autograd.grad(ways[way](x, b), [x, b], grad)
-    assert torch.equal(dx, 3.0 * grad) and torch.equal(db, grad) and calls == [(True, False)]
+    x, grad, *added = (torch.randn(4, dtype=torch.float64) for _ in range(2 + count))
+    wanted = [x.requires_grad_(), *(b.requires_grad_() for b in added)]
+    dx, *found = torch.autograd.grad(ways[way](*wanted), wanted, grad)
+    assert torch.equal(dx, 3.0 * grad) and all(torch.equal(db, grad) for db in found)
+    kept, asked = [False] + [True] * count, (True,) + (False,) * count
+    assert kept in calls and calls[-1] == asked and calls.count(asked) == 1  # a compiler may trace what is kept twice
+    assert way == "compiled" or all(db.data_ptr() == grad.data_ptr() for db in found)
     calls.clear()
-    (db,) = torch.autograd.grad(ways[way](x.detach(), b), [b], grad)
-    assert torch.equal(db, grad) and calls == []
+    if count:
+        (db,) = torch.autograd.grad(ways[way](x.detach(), *added), added[:1], grad)
+        assert torch.equal(db, grad) and all(isinstance(call, list) for call in calls)
+
+
+def test_what_is_added_in_a_narrower_dtype_gets_its_gradient_in_it():
+    x, b = torch.randn(4, requires_grad=True), torch.randn(4).bfloat16().requires_grad_()
+    for y in (summed([x, b], 1)[0], torch.ops.fastadapt.test_summed([x, b], 1)[0]):
+        grad = torch.randn(4)
+        (db,) = torch.autograd.grad(y, b, grad)
+        assert db.dtype == torch.bfloat16 and torch.equal(db, grad.bfloat16())

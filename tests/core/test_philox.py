@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
 from fastadapt import native
-from fastadapt.core import philox
+from fastadapt.core import backend, masked_kernel, philox
+from fastadapt.core.launch import recording
 
 CPU = torch.device("cpu")
 SEEDS = [0, 1, -1, 2**63 - 1, -(2**63), 0x0123456789ABCDEF]
@@ -132,3 +135,26 @@ class TestMasked:
         x, seed = torch.randn(30, 21, dtype=torch.float64, requires_grad=True), as_tensor(9)
         (gradient,) = torch.autograd.grad(philox.masked(x, seed, 0.3).sum(), x)
         assert torch.equal(gradient, philox.keep_mask(seed, 30, 21, 0.3).double())
+
+
+class TestMaskedKernel:
+    """masked's one Triton kernel, interpreted."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("shape", [(1, 1), (9, 7), (16, 300), (3, 256), (0, 5)])
+    def test_is_the_mask_bit_for_bit(self, shape, dtype):
+        x, seed = torch.randn(shape).to(dtype), as_tensor(123456789012345)
+        x.view(-1)[:1] = torch.inf
+        got = masked_kernel.masked(x, seed, philox.threshold(0.3), 2)
+        assert torch.equal(got, torch.where(philox.keep_mask(seed, *shape, 0.3, 2), x, 0))
+
+    def test_takes_a_strided_matrix(self):
+        x, seed = torch.randn(21, 30).t(), as_tensor(9)
+        got = masked_kernel.masked(x, seed, philox.threshold(0.3), 0)
+        assert got.is_contiguous() and torch.equal(got, philox.masked(x, seed, 0.3))
+
+    def test_is_what_a_gpu_runs(self):
+        x, seed = torch.empty(4, 8, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
+        with mock.patch.object(backend, "ACCELERATORS", ("meta",)), recording() as started:
+            philox.masked(x, seed, 0.1)
+        assert [launch.name for launch in started] == ["masked_kernel"]

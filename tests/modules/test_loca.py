@@ -14,6 +14,8 @@ from torch.multiprocessing import spawn
 from torch.nn import functional as F
 from torch.nn.utils import fuse_conv_bn_eval
 
+from bench.counters import counting
+from bench.meta import as_on_cuda
 from fastadapt import LoCA
 from tests.modules.checks import compiles, randomise, round_trips, runs_under_autocast, with_gradients
 from tests.tolerance import EXACT
@@ -186,6 +188,21 @@ def test_bad_arguments_are_named():
         module(tokens())
     with pytest.raises(ValueError, match=r"^down_weight: expected shape \(any, 11\)"):
         make()(torch.ones(2, 17, 11, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("dtype", "casts"), [(torch.bfloat16, 0), (torch.float32, 1)], ids=str)
+def test_launches_under_autocast(dtype, casts):
+    """Twelve of the operation's, two that move the running statistics; float32 n is cast, and so is its gradient."""
+    module, gamma = LoCA(device="meta"), torch.empty(768, device="meta")
+    n, mlp, x = (torch.empty(32, 1370, 768, dtype=kind, device="meta") for kind in (dtype, torch.bfloat16, torch.float32))
+    wanted = [n.requires_grad_(), *module.parameters()]
+    for training, expected in ((True, 14 + 2 * casts), (False, 2 + casts)):
+        module.train(training)
+        with as_on_cuda(), counting() as launches, torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(training):
+            out = module(n, layer_scale=gamma, mlp=mlp, residual=x)
+            if training:
+                torch.autograd.grad(out, wanted, torch.empty_like(out))
+        assert launches.total == expected
 
 
 WORLD, BATCH = 2, 3

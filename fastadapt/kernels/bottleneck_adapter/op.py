@@ -144,5 +144,5 @@ _operation = Operation(
     primary=lambda count: 1,
     save=reference.save,
     backward_fake=_backward_fake,
-    added=Operands._fields.index("residual"),
+    added=lambda *options: (Operands._fields.index("residual"),),
 )

@@ -116,6 +116,7 @@ def run(case: Case, tensors: Mapping[str, Tensor], backend: str) -> dict[str, Te
 
 # of a kernel's loads, those of 16 bytes: vectors of a channel each and the 3x3 weight are read in smaller pieces
 WIDE_SHARES = {
+    "inference_kernel": 0.3,
     "hidden_kernel": 0.3,
     "local_kernel": 0.05,
     "output_kernel": 0.7,
@@ -129,6 +130,8 @@ WIDE_SHARES = {
 
 def budget(case: Case, kernel: str) -> Budget:
     """What every kernel can have in 16 bits; float32 and rows that start anywhere take tiles of 16 rows."""
+    if kernel == "prepare_kernel":
+        return Budget()
     sizes = case.depth, sum(case.channels[::2]), case.channels[2]
     dtype, autocast, _ = PRECISIONS[case.precision]
     if (autocast or dtype).itemsize == 4 or any(size % 16 for size in sizes):

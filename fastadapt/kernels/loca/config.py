@@ -54,7 +54,7 @@ def problem(
 def algorithm(problem: Problem) -> str:
     """How a call runs.
 
-    "fused":   three kernels forward and seven backward, whose rows of h stay on chip.
+    "fused":   three kernels forward, in eval one, and seven backward, whose rows of h stay on chip.
     "library": the reference's products by cuBLAS and cuDNN, where widths are too large, and in exact float32, whose plain
                cores take longer than the passes over memory that fusing saves.
     """
@@ -86,6 +86,15 @@ def hidden_tiles(problem: Problem) -> Tiles:
     if problem.arch in HOPPER_AND_LATER:
         return Tiles(128, 64, 64, 8, 3)
     return Tiles(64, 16, 32, 8, 4)  # every warp holds a whole step of the weight
+
+
+def inference_tiles(problem: Problem) -> Tiles:
+    """Tiles of inference_kernel, which holds h as an operand, and takes twice as many columns of out a step as of u."""
+    if problem.crowded:
+        return Tiles(16, 32, 16, 4, 1)
+    if problem.arch in HOPPER_AND_LATER:
+        return Tiles(128 if problem.arch == 90 else 64, 64, 32, 8, 3)
+    return Tiles(64, 16, 32, 8, 3)
 
 
 def hidden_grad_tiles(problem: Problem) -> Tiles:

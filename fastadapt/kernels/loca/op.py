@@ -208,5 +208,5 @@ _operation = Operation(
     primary=lambda count: 1,
     save=reference.save,
     backward_fake=_backward_fake,
-    added=NAMES.index("residual"),
+    added=lambda *options: (NAMES.index("residual"),),
 )

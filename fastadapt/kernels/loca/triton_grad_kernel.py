@@ -1,7 +1,7 @@
 """Local convolution adapter in Triton: the kernels of the backward, in the order in which they run.
 
-Shapes, symbols and layouts are those of triton_kernel.py.  "sums" is (dbeta, dgamma, dbias) of all channels, and `inverse`
-is 1 / N, or 0 in eval, where the statistics are constants.
+Shapes, symbols and layouts are those of triton_kernel.py.  "sums" is (dbeta, dgamma) of all channels, "vectors" (dbeta,
+dgamma, dbias) in the parameters' dtype, and `inverse` is 1 / N, or 0 in eval, where the statistics are constants.
 """
 
 from __future__ import annotations
@@ -10,7 +10,17 @@ import triton
 import triton.language as tl
 
 from fastadapt.core.device_math import last_to_arrive, pick
-from fastadapt.kernels.loca.triton_kernel import both, neighbour, norm_of, normalised, place, product, widened
+from fastadapt.kernels.loca.triton_kernel import (
+    add_to_pieces,
+    both,
+    neighbour,
+    norm_of,
+    normalised,
+    place,
+    product,
+    store_pieces,
+    widened,
+)
 
 
 @triton.jit
@@ -40,9 +50,11 @@ def store_sums(partials, dz, xhat, c, ok, channels):
 
 @triton.jit
 def finish_sums(
-    partials, statistics, gamma, sums, begin, own, stride, first, channels, inverse, GROUP: tl.constexpr, CHANNELS: tl.constexpr
+    partials, statistics, gamma, sums, vectors, begin, own, stride, first, channels, inverse,
+    GROUP: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """(dbeta, dgamma, dbias) of `own` channels from all programs' sums, as finish_moments."""
+    """dbeta and dgamma of `own` channels from all programs' sums, as finish_moments, and with dbias as the result has them."""
+    dtype: tl.constexpr = vectors.dtype.element_ty
     programs = tl.num_programs(0)
     for start in range(0, own, CHANNELS):
         c = start + tl.arange(0, CHANNELS)
@@ -58,13 +70,15 @@ def finish_sums(
         tl.store(sums + first + c, dbeta, mask=ok)
         tl.store(sums + channels + first + c, dgamma, mask=ok)
         dbias = tl.where(inverse > 0, 0.0, widened(gamma, c, ok) * rstd * dbeta)  # in training it cancels
-        tl.store(sums + 2 * channels + first + c, dbias, mask=ok)
+        tl.store(vectors + first + c, dbeta.to(dtype), mask=ok)
+        tl.store(vectors + channels + first + c, dgamma.to(dtype), mask=ok)
+        tl.store(vectors + 2 * channels + first + c, dbias.to(dtype), mask=ok)
 
 
 @triton.jit
 def output_grad_kernel(
-    dout, layer_scale, up, u, v, statistics, point_gamma, point_beta, local_gamma, local_beta, dloca, dy, sums, partials,
-    counter, rows, per_sample, hidden, points, reduced, width, scale, inverse,
+    dout, layer_scale, up, u, v, statistics, point_gamma, point_beta, local_gamma, local_beta, dloca, dy, sums, vectors,
+    partials, counter, rows, per_sample, hidden, points, reduced, width, scale, inverse,
     FIRST: tl.constexpr, REST: tl.constexpr, REDUCED: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
     COLUMNS: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +86,6 @@ def output_grad_kernel(
     dtype: tl.constexpr = u.dtype.element_ty
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_ok = row < rows
-    j0, j1 = tl.arange(0, FIRST), FIRST + tl.arange(0, REST)
     acc0, acc1 = tl.zeros((ROWS, FIRST), tl.float32), tl.zeros((ROWS, REST), tl.float32)
     for start in range(0, width, DEPTH):
         k = start + tl.arange(0, DEPTH)
@@ -81,13 +94,8 @@ def output_grad_kernel(
         if layer_scale is not None:
             grad = (grad.to(tl.float32) * widened(layer_scale, k, k_ok)[None, :]).to(dtype)
             tl.store(dloca + place(row, width, k), grad, mask=both(row_ok, k_ok))
-        w0 = tl.load(up + k[:, None] * hidden + j0[None, :], mask=both(k_ok, j0 < hidden), other=0.0)
-        acc0 = tl.dot(grad, w0, acc0, input_precision=PRECISION)
-        w1 = tl.load(up + k[:, None] * hidden + j1[None, :], mask=both(k_ok, j1 < hidden), other=0.0)
-        acc1 = tl.dot(grad, w1, acc1, input_precision=PRECISION)
-    tl.store(dy + place(row, hidden, j0), (scale * acc0).to(dtype), mask=both(row_ok, j0 < hidden))
-    tl.store(dy + place(row, hidden, j1), (scale * acc1).to(dtype), mask=both(row_ok, j1 < hidden))
-    tl.debug_barrier()  # other threads read these values below
+        acc0, acc1 = add_to_pieces(acc0, acc1, grad, up, hidden, 1, k, k_ok, hidden, PRECISION)
+    store_pieces(dy, scale * acc0, scale * acc1, row, row_ok, hidden)
     counted = row_ok & (row % per_sample > 0)
     channels, locals_ = hidden + reduced, hidden - points
     for start in range(0, points, COLUMNS):
@@ -101,17 +109,17 @@ def output_grad_kernel(
         dz, xhat, _ = norm_grad(dy, hidden, points, v, locals_, 0, c, row, both(counted, c < locals_), norm)
         store_sums(partials, dz, xhat, points + c, c < locals_, hidden)
     if last_to_arrive(counter, tl.num_programs(0)):
-        finish_sums(partials, statistics, point_gamma, sums, 0, points, hidden, 0, channels, inverse, GROUP, COLUMNS)
+        finish_sums(partials, statistics, point_gamma, sums, vectors, 0, points, hidden, 0, channels, inverse, GROUP, COLUMNS)
         finish_sums(
-            partials, statistics, local_gamma, sums, points, locals_, hidden, points + reduced, channels, inverse, GROUP,
-            COLUMNS,
+            partials, statistics, local_gamma, sums, vectors, points, locals_, hidden, points + reduced, channels, inverse,
+            GROUP, COLUMNS,
         )  # fmt: skip
 
 
 @triton.jit
 def local_grad_kernel(
-    dy, u, v, local, statistics, reduce_gamma, reduce_beta, local_gamma, local_beta, sums, dv, dt, partials, counter, rows,
-    per_sample, height, width, points, reduced, locals_, inverse,
+    dy, u, v, local, statistics, reduce_gamma, reduce_beta, local_gamma, local_beta, sums, vectors, dv, dt, partials,
+    counter, rows, per_sample, height, width, points, reduced, locals_, inverse,
     REDUCED: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -141,15 +149,9 @@ def local_grad_kernel(
     tl.store(dt + place(row, REDUCED, q), dz, mask=row_ok[:, None])
     store_sums(partials, dz.to(tl.float32), xhat, q, q_ok, reduced)
     if last_to_arrive(counter, tl.num_programs(0)):
-        finish_sums(partials, statistics, reduce_gamma, sums, 0, reduced, reduced, points, channels, inverse, GROUP, COLUMNS)
-
-
-@triton.jit
-def back_project(acc0, acc1, du, weight, c, c_ok, j0, j1, hidden, PRECISION: tl.constexpr):
-    """Both pieces of acc + du times rows c of a 1x1 convolution's weight."""
-    w0 = tl.load(weight + c[:, None] * hidden + j0[None, :], mask=both(c_ok, j0 < hidden), other=0.0)
-    w1 = tl.load(weight + c[:, None] * hidden + j1[None, :], mask=both(c_ok, j1 < hidden), other=0.0)
-    return tl.dot(du, w0, acc0, input_precision=PRECISION), tl.dot(du, w1, acc1, input_precision=PRECISION)
+        finish_sums(
+            partials, statistics, reduce_gamma, sums, vectors, 0, reduced, reduced, points, channels, inverse, GROUP, COLUMNS
+        )  # fmt: skip
 
 
 @triton.jit
@@ -193,7 +195,7 @@ def hidden_grad_kernel(
         store_output(y, h, z, row, row_ok, is_patch, c, c_ok, hidden)
         grad = through_norm(dz, xhat, norm, sums, 0, channels, c, c_ok, ok, inverse).to(dtype)
         tl.store(du + place(row, u_width, c), grad, mask=both(row_ok, c_ok))
-        acc0, acc1 = back_project(acc0, acc1, grad, point, c, c_ok, j0, j1, hidden, PRECISION)
+        acc0, acc1 = add_to_pieces(acc0, acc1, grad, point, hidden, 1, c, c_ok, hidden, PRECISION)
     for start in range(0, locals_, DEPTH):
         c = start + tl.arange(0, DEPTH)
         c_ok = c < locals_
@@ -207,13 +209,11 @@ def hidden_grad_kernel(
         dz, xhat, _ = norm_grad(dt, REDUCED, 0, u, u_width, points, q, row, ok, norm)
         grad = through_norm(dz, xhat, norm, sums, points, channels, q, q_ok, ok, inverse).to(dtype)
         tl.store(du + place(row, u_width, points + q), grad, mask=both(row_ok, q < REDUCED))
-        acc0, acc1 = back_project(acc0, acc1, grad, reduce, q, q_ok, j0, j1, hidden, PRECISION)
+        acc0, acc1 = add_to_pieces(acc0, acc1, grad, reduce, hidden, 1, q, q_ok, hidden, PRECISION)
     dh0 = masked_grad(acc0, dy, h, row, row_ok, is_patch, j0, hidden)
     dh1 = masked_grad(acc1, dy, h, row, row_ok, is_patch, j1, hidden)
-    tl.store(dh + place(row, hidden, j0), dh0, mask=both(row_ok, j0 < hidden))
-    tl.store(dh + place(row, hidden, j1), dh1, mask=both(row_ok, j1 < hidden))
+    store_pieces(dh, dh0, dh1, row, row_ok, hidden)
     if dn is not None:
-        tl.debug_barrier()  # other threads read these values below
         for start in range(0, depth, COLUMNS):
             k = start + tl.arange(0, COLUMNS)
             k_ok = k < depth

@@ -1,10 +1,10 @@
-"""Local convolution adapter in Triton: the kernels of the forward, of which the backward runs the first two again.
+"""Local convolution adapter in Triton: the kernels of the forward in training, of which the backward runs all but the last.
 
 Shapes and symbols are those of reference.py.  Rows are those of n, B (1 + H W) of them: every intermediate value has a row for
 the class token too, which takes no part in any sum.  The bottleneck's C columns are held in two pieces, FIRST and REST wide, as
 C = 288 is far from a power of two.  u has P + REDUCED columns, of which those past reduce's channels are zero, so that rows
-start at multiples of 16 bytes.  Weights come in n's dtype.  "statistics" is (mean, rstd) of all channels, of point, reduce and
-local one after another.
+start at multiples of 16 bytes.  Behind prepare_kernel weights have n's dtype.  "statistics" is (mean, rstd) of all channels, of
+point, reduce and local one after another.
 
 Every accumulator is float32; only operands of products have n's dtype.  Rows are addressed with 64-bit offsets.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastadapt.core.device_math import last_to_arrive
+from fastadapt.core.device_math import last_to_arrive, pick
 
 
 @triton.jit
@@ -128,6 +128,76 @@ def product(
 
 
 @triton.jit
+def columns_of_pieces(x0, x1):
+    """The bottleneck's columns that each piece has."""
+    return tl.arange(0, x0.shape[1]), tl.arange(0, x1.shape[1]) + x0.shape[1]
+
+
+@triton.jit
+def add_to_pieces(acc0, acc1, values, weight, weight_k, weight_j, k, k_ok, hidden, PRECISION: tl.constexpr):
+    """Both pieces of acc + values times rows k of a weight, whose element (k, j) is at k weight_k + j weight_j."""
+    j0, j1 = columns_of_pieces(acc0, acc1)
+    w0 = tl.load(weight + k[:, None] * weight_k + j0[None, :] * weight_j, mask=both(k_ok, j0 < hidden), other=0.0)
+    acc0 = tl.dot(values, w0, acc0, input_precision=PRECISION)
+    w1 = tl.load(weight + k[:, None] * weight_k + j1[None, :] * weight_j, mask=both(k_ok, j1 < hidden), other=0.0)
+    return acc0, tl.dot(values, w1, acc1, input_precision=PRECISION)
+
+
+@triton.jit
+def store_pieces(target, x0, x1, row, row_ok, hidden):
+    """Both pieces to rows of `target`, in its dtype, for any thread to read."""
+    j0, j1 = columns_of_pieces(x0, x1)
+    dtype: tl.constexpr = target.dtype.element_ty
+    tl.store(target + place(row, hidden, j0), x0.to(dtype), mask=both(row_ok, j0 < hidden))
+    tl.store(target + place(row, hidden, j1), x1.to(dtype), mask=both(row_ok, j1 < hidden))
+    tl.debug_barrier()
+
+
+@triton.jit
+def hidden_of(
+    n, down, down_bias, row, row_ok, depth, hidden,
+    FIRST: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Both pieces of these rows of h, in n's dtype."""
+    dtype: tl.constexpr = n.dtype.element_ty
+    j0, j1 = tl.arange(0, FIRST), FIRST + tl.arange(0, REST)
+    acc0, acc1 = tl.zeros((ROWS, FIRST), tl.float32), tl.zeros((ROWS, REST), tl.float32)
+    for start in range(0, depth, DEPTH):
+        k = start + tl.arange(0, DEPTH)
+        values = tl.load(n + place(row, depth, k), mask=both(row_ok, k < depth), other=0.0)
+        acc0, acc1 = add_to_pieces(acc0, acc1, values, down, 1, depth, k, k < depth, hidden, PRECISION)
+    h0 = tl.maximum(acc0 + widened(down_bias, j0, j0 < hidden)[None, :], 0.0)
+    h1 = tl.maximum(acc1 + widened(down_bias, j1, j1 < hidden)[None, :], 0.0)
+    return h0.to(dtype), h1.to(dtype)
+
+
+@triton.jit
+def prepare_kernel(
+    weights, narrow, sizes, counters, count, running, statistics, channels, total, eps,
+    WEIGHTS: tl.constexpr, NORMS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What is needed before the first kernel: `count` counters at zero, and if asked for, narrow weights and statistics.
+
+    weights, narrow: WEIGHTS float32 tensors of these sizes, and the same in n's dtype.  running: for each of NORMS batch norms
+    the running mean and variance and the convolution's bias, of as many channels as `channels` says, together `total`.
+    """
+    i, job = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
+    if job == WEIGHTS:
+        tl.store(counters + i, tl.zeros((BLOCK,), tl.int32), mask=i < count)
+        first = 0
+        for stage in tl.static_range(NORMS):
+            ok = i < channels[stage]
+            mean, variance, bias = running[stage]
+            tl.store(statistics + first + i, widened(mean, i, ok) - widened(bias, i, ok), mask=ok)
+            tl.store(statistics + total + first + i, tl.rsqrt(widened(variance, i, ok) + eps), mask=ok)
+            first += channels[stage]
+    elif WEIGHTS > 0:
+        target, ok = pick(narrow, job, WEIGHTS), i < pick(sizes, job, WEIGHTS)
+        values = tl.load(pick(weights, job, WEIGHTS) + i, mask=ok)
+        tl.store(target + i, values.to(target.dtype.element_ty), mask=ok)
+
+
+@triton.jit
 def hidden_kernel(
     n, down, down_bias, point, reduce, point_bias, reduce_bias, h, u, statistics, moments, partials, counter, rows, per_sample,
     depth, hidden, points, reduced, channels, eps,
@@ -138,20 +208,8 @@ def hidden_kernel(
     dtype: tl.constexpr = n.dtype.element_ty
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_ok = row < rows
-    j0, j1 = tl.arange(0, FIRST), FIRST + tl.arange(0, REST)
-    acc0, acc1 = tl.zeros((ROWS, FIRST), tl.float32), tl.zeros((ROWS, REST), tl.float32)
-    for start in range(0, depth, DEPTH):
-        k = start + tl.arange(0, DEPTH)
-        values = tl.load(n + place(row, depth, k), mask=both(row_ok, k < depth), other=0.0)
-        w0 = tl.load(down + j0[None, :] * depth + k[:, None], mask=both(k < depth, j0 < hidden), other=0.0)
-        acc0 = tl.dot(values, w0, acc0, input_precision=PRECISION)
-        w1 = tl.load(down + j1[None, :] * depth + k[:, None], mask=both(k < depth, j1 < hidden), other=0.0)
-        acc1 = tl.dot(values, w1, acc1, input_precision=PRECISION)
-    h0 = tl.maximum(acc0 + widened(down_bias, j0, j0 < hidden)[None, :], 0.0).to(dtype)
-    h1 = tl.maximum(acc1 + widened(down_bias, j1, j1 < hidden)[None, :], 0.0).to(dtype)
-    tl.store(h + place(row, hidden, j0), h0, mask=both(row_ok, j0 < hidden))
-    tl.store(h + place(row, hidden, j1), h1, mask=both(row_ok, j1 < hidden))
-    tl.debug_barrier()  # other threads read these values below
+    h0, h1 = hidden_of(n, down, down_bias, row, row_ok, depth, hidden, FIRST, REST, ROWS, DEPTH, PRECISION)
+    store_pieces(h, h0, h1, row, row_ok, hidden)
     counted = row_ok & (row % per_sample > 0)
     u_width = points + REDUCED
     for start in range(0, points, COLUMNS):
@@ -179,6 +237,24 @@ def hidden_kernel(
 
 
 @triton.jit
+def convolution(
+    u, u_width, local, norm, row, row_ok, per_sample, height, width, reduced, locals_,
+    REDUCED: tl.constexpr, LOCAL: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """These rows of v, in float32, zero for class tokens; u: from reduce's first channel on."""
+    q, c = tl.arange(0, REDUCED), tl.arange(0, LOCAL)
+    acc = tl.zeros((ROWS, LOCAL), tl.float32)
+    for tap in range(9):
+        near, near_ok = neighbour(row, row_ok, tap, per_sample, height, width)
+        _, z = normalised(widened(u, place(near, u_width, q), near_ok[:, None]), norm)
+        t = tl.where(near_ok[:, None], tl.maximum(z, 0.0), 0.0).to(u.dtype.element_ty)
+        at = local + c[None, :] * reduced * 9 + q[:, None] * 9 + tap
+        kernel = tl.load(at, mask=both(q < reduced, c < locals_), other=0.0)
+        acc = tl.dot(t, kernel, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def local_kernel(
     u, local, local_bias, reduce_gamma, reduce_beta, v, statistics, moments, partials, counter, rows, per_sample, height, width,
     points, reduced, locals_, eps,
@@ -190,16 +266,12 @@ def local_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_ok = row < rows
     q, c = tl.arange(0, REDUCED), tl.arange(0, LOCAL)
-    q_ok, c_ok = q < reduced, c < locals_
-    channels = points + reduced + locals_
-    norm = norm_of(statistics, reduce_gamma, reduce_beta, points, channels, q, q_ok)
-    acc = tl.zeros((ROWS, LOCAL), tl.float32)
-    for tap in range(9):
-        near, near_ok = neighbour(row, row_ok, tap, per_sample, height, width)
-        _, z = normalised(widened(u, place(near, points + REDUCED, points + q), near_ok[:, None]), norm)
-        t = tl.where(near_ok[:, None], tl.maximum(z, 0.0), 0.0).to(dtype)
-        kernel = tl.load(local + c[None, :] * reduced * 9 + q[:, None] * 9 + tap, mask=both(q_ok, c_ok), other=0.0)
-        acc = tl.dot(t, kernel, acc, input_precision=PRECISION)
+    c_ok, channels = c < locals_, points + reduced + locals_
+    norm = norm_of(statistics, reduce_gamma, reduce_beta, points, channels, q, q < reduced)
+    acc = convolution(
+        u + points, points + REDUCED, local, norm, row, row_ok, per_sample, height, width, reduced, locals_, REDUCED, LOCAL,
+        ROWS, PRECISION,
+    )  # fmt: skip
     acc = acc.to(dtype)
     tl.store(v + place(row, locals_, c), acc, mask=both(row_ok, c_ok))
     if STATISTICS:
@@ -223,6 +295,17 @@ def output_step(
     y = tl.where(ok, y, 0.0).to(h.dtype.element_ty)
     weight = tl.load(up + column[None, :] * hidden + first + c[:, None], mask=both(c < own, column_ok), other=0.0)
     return tl.dot(y, weight, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def store_site(acc, up_bias, layer_scale, mlp, residual, out, row, row_ok, column, column_ok, width, scale):
+    """acc + b2, or the sum that it is part of, to a tile of out."""
+    ok, at = both(row_ok, column_ok), place(row, width, column)
+    acc += widened(up_bias, column, column_ok)[None, :]
+    if residual is not None:
+        update = widened(mlp, at, ok) + scale * acc
+        acc = update * widened(layer_scale, column, column_ok)[None, :] + widened(residual, at, ok)
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -251,9 +334,4 @@ def output_kernel(
         acc = output_step(
             acc, h, v, locals_, c, locals_, points, row, row_ok, is_patch, norm, up, column, column_ok, hidden, PRECISION
         )  # fmt: skip
-    acc += widened(up_bias, column, column_ok)[None, :]
-    ok, at = both(row_ok, column_ok), place(row, width, column)
-    if residual is not None:
-        update = widened(mlp, at, ok) + scale * acc
-        acc = update * widened(layer_scale, column, column_ok)[None, :] + widened(residual, at, ok)
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=ok)
+    store_site(acc, up_bias, layer_scale, mlp, residual, out, row, row_ok, column, column_ok, width, scale)

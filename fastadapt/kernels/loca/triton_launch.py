@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,28 +16,41 @@ from fastadapt.kernels.loca import triton_grad_kernel as grad_kernels
 from fastadapt.kernels.loca import triton_kernel as kernels
 from fastadapt.kernels.loca.config import Problem, Tiles
 from fastadapt.kernels.loca.reference import Operands
+from fastadapt.kernels.loca.triton_inference_kernel import inference_kernel
 
 WEIGHTS = ("down_weight", "point_weight", "reduce_weight", "local_weight", "up_weight")
 STAGES = ("point", "reduce", "local")
 GROUP = 16  # programs whose sums are added up at a time
+BLOCK = 1024  # elements of a program of prepare_kernel
 
 
 @dataclass(frozen=True)
 class Run:
     """One call as the kernels read it.
 
-    call: contiguous tensors, weights in n's dtype.  h (rows, C), u (rows, P + padded Q) and v (rows, C - P) have n's dtype,
-    statistics (2, C + Q) float32.
+    call: contiguous tensors, weights in n's dtype; statistics: (mean, rstd) of all channels, (2, C + Q) float32; counters: of
+    programs that arrive, int32, at zero.  h (rows, C), u (rows, P + padded Q) and v (rows, C - P) are room, made when it is
+    first asked for, in n's dtype.
     """
 
     call: Operands
     problem: Problem
     height: int
     width: int
-    h: Tensor
-    u: Tensor
-    v: Tensor
     statistics: Tensor
+    counters: Tensor
+
+    @cached_property
+    def h(self) -> Tensor:
+        return self.call.n.new_empty(self.rows, self.hidden)
+
+    @cached_property
+    def u(self) -> Tensor:
+        return self.call.n.new_empty(self.rows, self.sizes[0] + padded(self.sizes[1]))
+
+    @cached_property
+    def v(self) -> Tensor:
+        return self.call.n.new_empty(self.rows, self.sizes[2])
 
     @property
     def rows(self) -> int:
@@ -59,7 +73,7 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        return self.h.device
+        return self.call.n.device
 
     def programs(self, tiles: Tiles) -> int:
         """How many take a tile of rows each."""
@@ -97,18 +111,33 @@ def problem_of(call: Operands, height: int, width: int) -> Problem:
     return config.problem(rows, depth, hidden, reduced, local, call.up_weight.shape[0], call.n.dtype, call.n.device)
 
 
-def prepared(call: Operands, statistics: Tensor, height: int, width: int) -> Run:
-    """The Run of a call, with room for h, u and v; weights of another dtype than n are cast, all in one launch."""
+def prepared(
+    call: Operands, height: int, width: int, counters: int, statistics: Tensor | None = None, eps: float | None = None
+) -> Run:
+    """The Run of a call with that many counters: one launch, in which weights of another dtype than n are cast.
+
+    statistics: None for room for those of the batch; with `eps` those of the running statistics are written to it.
+    """
     call = Operands(*(None if tensor is None else tensor.contiguous() for tensor in call))
-    problem = problem_of(call, height, width)
-    if call.down_weight.dtype is not call.n.dtype:
-        weights = [getattr(call, name) for name in WEIGHTS]
-        cast = [torch.empty_like(weight, dtype=call.n.dtype) for weight in weights]
-        torch._foreach_copy_(cast, weights)
-        call = call._replace(**dict(zip(WEIGHTS, cast)))
-    point, reduced, local = call.channels
-    h, u, v = (call.n.new_empty(problem.rows, size) for size in (problem.hidden, point + padded(reduced), local))
-    return Run(call, problem, height, width, h, u, v, statistics)
+    device, sizes = call.n.device, call.channels
+    weights = [] if call.down_weight.dtype is call.n.dtype else [getattr(call, name) for name in WEIGHTS]
+    narrow = [torch.empty_like(weight, dtype=call.n.dtype) for weight in weights]
+    counts = [weight.numel() for weight in weights]
+    if statistics is None:
+        statistics = torch.empty(2, sum(sizes), dtype=torch.float32, device=device)
+    roles = () if eps is None else ("running_mean", "running_var", "bias")
+    running = tuple(tuple(getattr(call, f"{name}_{role}") for role in roles) for name in STAGES if roles)
+    run = Run(
+        call._replace(**dict(zip(WEIGHTS, narrow))), problem_of(call, height, width), height, width, statistics,
+        torch.empty(counters, dtype=torch.int32, device=device),
+    )  # fmt: skip
+    launch(
+        kernels.prepare_kernel, (-(-max(counters, sum(sizes), *counts) // BLOCK), len(weights) + 1),
+        tuple(weights) or None, tuple(narrow) or None, tuple(counts) or None, run.counters, counters, running or None,
+        statistics, sizes, sum(sizes), eps,
+        device=device, WEIGHTS=len(weights), NORMS=len(running), BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+    return run
 
 
 def forward(tensors: Sequence[Tensor | None], height: int, width: int, eps: float, scale: float) -> list[Tensor]:
@@ -116,22 +145,19 @@ def forward(tensors: Sequence[Tensor | None], height: int, width: int, eps: floa
     call = Operands(*tensors)
     if config.algorithm(problem_of(call, height, width)) == "library":
         return reference.forward(tensors, height, width, eps, scale)
-    if call.training:
-        statistics = call.n.new_empty(2, sum(call.channels), dtype=torch.float32)
-        moments = torch.empty_like(statistics)
-    else:
-        statistics, moments = torch.stack(reference.running_statistics(call, eps)), None
-    run = prepared(call, statistics, height, width)
+    if not call.training:
+        return launch_inference(call, height, width, eps, scale)
+    run = prepared(call, height, width, counters=2)
+    moments = torch.empty_like(run.statistics)
     launch_hidden(run, moments, eps)
-    out = launch_output(run, scale)
-    return [out, statistics] if moments is None else [out, statistics, moments]
+    return [launch_output(run, scale), run.statistics, moments]
 
 
 def launch_hidden(run: Run, moments: Tensor | None, eps: float) -> None:
     """hidden_kernel for h and u, local_kernel for v; with moments, both also for the statistics."""
     call, (point, reduced, local) = run.call, run.sizes
     measure = moments is not None
-    counters = torch.zeros(2, dtype=torch.int32, device=run.device) if measure else None
+    counters = run.counters if measure else None
     tiles = config.hidden_tiles(run.problem)
     launch(
         kernels.hidden_kernel, (run.programs(tiles),),
@@ -151,12 +177,36 @@ def launch_hidden(run: Run, moments: Tensor | None, eps: float) -> None:
     )  # fmt: skip
 
 
+def launch_inference(call: Operands, height: int, width: int, eps: float, scale: float) -> list[Tensor]:
+    """[out, (mean, rstd)] by the running statistics: one kernel behind prepare_kernel."""
+    problem = problem_of(call, height, width)
+    tiles = config.inference_tiles(problem)
+    run = prepared(call, height, width, -(-problem.rows // tiles.rows), eps=eps)
+    call, (point, reduced, local) = run.call, run.sizes
+    out = output_like(call)
+    u = call.n.new_empty(run.rows, padded(reduced))
+    norms = [getattr(call, f"{name}_norm_{role}") for name in STAGES for role in ("weight", "bias")]
+    launch(
+        inference_kernel, (run.programs(tiles),),
+        call.n, call.down_weight, call.down_bias, call.point_weight, call.reduce_weight, call.local_weight, run.statistics,
+        *norms, call.up_weight, call.up_bias, call.layer_scale, call.mlp, call.residual, u, run.h, out, run.counters, run.rows,
+        run.per_sample, height, width, problem.depth, run.hidden, point, reduced, problem.out, scale,
+        -(-(width + 1) // tiles.rows),
+        device=run.device, **run.options(tiles, "FIRST", "REST", "REDUCED", "LOCAL", "DEPTH", "COLUMNS"),
+    )  # fmt: skip
+    return [out, run.statistics]
+
+
+def output_like(call: Operands) -> Tensor:
+    """Room for out."""
+    dtype = call.n.dtype if call.residual is None else call.residual.dtype
+    return call.n.new_empty(*call.n.shape[:2], call.up_weight.shape[0], dtype=dtype)
+
+
 def launch_output(run: Run, scale: float) -> Tensor:
     """out."""
     call, (point, reduced, _) = run.call, run.sizes
-    width = call.up_weight.shape[0]
-    dtype = call.n.dtype if call.residual is None else call.residual.dtype
-    out = call.n.new_empty(*call.n.shape[:2], width, dtype=dtype)
+    width, out = run.problem.out, output_like(call)
     tiles = config.output_tiles(run.problem)
     launch(
         kernels.output_kernel, (run.programs(tiles) * -(-width // tiles.columns),),
@@ -183,7 +233,9 @@ def backward(
     trained, twice = any(needs[: len(reference.TRAINED)]), any(grad is not None for grad in grads[1:])
     if not trained or twice or config.algorithm(problem_of(call, height, width)) == "library":
         return reference.backward(saved, grads, needs, height, width, eps, scale)
-    run = prepared(call, statistics, height, width)
+    *plain, shifted = tile_counts(call, problem_of(call, height, width))
+    places = max(plain) * len(plain)
+    run = prepared(call, height, width, 2 + places + shifted, statistics)
     launch_hidden(run, None, eps)
     found = launch_grads(run, grads[0].contiguous(), need.n, scale)
     own = call._replace(mlp=call.n)
@@ -195,10 +247,8 @@ def launch_grads(run: Run, dout: Tensor, need_n: bool, scale: float) -> dict[str
     call, (point, reduced, local) = run.call, run.sizes
     width, channels = call.up_weight.shape[0], run.hidden + reduced
     inverse = 1.0 / (call.n.shape[0] * run.height * run.width) if call.training else 0.0
-    *plain, shifted = tile_counts(run)
-    places = max(plain) * len(plain)
-    counters = torch.zeros(2 + places + shifted, dtype=torch.int32, device=run.device)
-    sums = torch.empty(3, channels, dtype=torch.float32, device=run.device)
+    sums = torch.empty(2, channels, dtype=torch.float32, device=run.device)
+    vectors = call.up_bias.new_empty(3, channels)
     dloca = dout if call.layer_scale is None else call.n.new_empty(dout.shape)
     dy, y, dh = (torch.empty_like(run.h) for _ in range(3))
     dv, du, dt = torch.empty_like(run.v), torch.empty_like(run.u), call.n.new_empty(run.rows, padded(reduced))
@@ -208,15 +258,16 @@ def launch_grads(run: Run, dout: Tensor, need_n: bool, scale: float) -> dict[str
     launch(
         grad_kernels.output_grad_kernel, (run.programs(tiles),),
         dout, call.layer_scale, call.up_weight, run.u, run.v, run.statistics, *norms["point"], *norms["local"], dloca, dy, sums,
-        run.partials(tiles, run.hidden), counters, run.rows, run.per_sample, run.hidden, point, reduced, width, scale, inverse,
+        vectors, run.partials(tiles, run.hidden), run.counters, run.rows, run.per_sample, run.hidden, point, reduced, width,
+        scale, inverse,
         device=run.device, **run.options(tiles, "FIRST", "REST", "REDUCED", "DEPTH", "COLUMNS", "GROUP"),
     )  # fmt: skip
     tiles = config.local_tiles(run.problem)
     launch(
         grad_kernels.local_grad_kernel, (run.programs(tiles),),
-        dy, run.u, run.v, call.local_weight, run.statistics, *norms["reduce"], *norms["local"], sums, dv, dt,
-        run.partials(tiles, reduced), counters[1:], run.rows, run.per_sample, run.height, run.width, point, reduced, local,
-        inverse,
+        dy, run.u, run.v, call.local_weight, run.statistics, *norms["reduce"], *norms["local"], sums, vectors, dv,
+        dt, run.partials(tiles, reduced), run.counters[1:], run.rows, run.per_sample, run.height, run.width, point, reduced,
+        local, inverse,
         device=run.device, **run.options(tiles, "REDUCED", "LOCAL", "COLUMNS", "GROUP"),
     )  # fmt: skip
     tiles = config.hidden_grad_tiles(run.problem)
@@ -227,18 +278,20 @@ def launch_grads(run: Run, dout: Tensor, need_n: bool, scale: float) -> dict[str
         reduced, inverse,
         device=run.device, **run.options(tiles, "FIRST", "REST", "REDUCED", "DEPTH", "COLUMNS"),
     )  # fmt: skip
-    found = {"n": dn, "mlp": dloca} | launch_weight_grads(run, dh, dloca, y, du, scale, plain, counters[2:])
-    found["local_weight"] = launch_local_weight_grad(run, dv, shifted, counters[2 + places :])
-    for role, row in zip(("norm_bias", "norm_weight", "bias"), sums.to(call.up_bias.dtype)):
+    *plain, shifted = tile_counts(call, run.problem)
+    counters = run.counters[2:].split((max(plain) * len(plain), shifted))
+    found = {"n": dn, "mlp": dloca} | launch_weight_grads(run, dh, dloca, y, du, scale, plain, counters[0])
+    found["local_weight"] = launch_local_weight_grad(run, dv, shifted, counters[1])
+    for role, row in zip(("norm_bias", "norm_weight", "bias"), vectors):
         found |= {f"{name}_{role}": part for name, part in zip(STAGES, row.split(run.sizes))}
     return found
 
 
-def tile_counts(run: Run) -> list[int]:
+def tile_counts(call: Operands, problem: Problem) -> list[int]:
     """How many tiles the gradients of W1, W2, [A; R] and K have."""
-    depth, width = run.call.n.shape[-1], run.call.up_weight.shape[0]
-    (_, reduced, local), tiles = run.sizes, config.weight_tiles(run.problem)
-    shapes = (run.hidden, depth), (width, run.hidden), (run.u.shape[1], run.hidden), (local, 9 * reduced)
+    (point, reduced, local), tiles = call.channels, config.weight_tiles(problem)
+    hidden, width = problem.hidden, problem.out
+    shapes = (hidden, problem.depth), (width, hidden), (point + padded(reduced), hidden), (local, 9 * reduced)
     return [-(-left // tiles.depth) * -(-right // tiles.columns) for left, right in shapes]
 
 

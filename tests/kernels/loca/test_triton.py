@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench.counters import counting
 from fastadapt.core.launch import recording, target
-from fastadapt.kernels.loca import config, triton_grad_kernel, triton_kernel, triton_launch
+from fastadapt.kernels.loca import config, triton_grad_kernel, triton_inference_kernel, triton_kernel, triton_launch
 from fastadapt.prove.judge import poisoned
 from tests.kernels.loca.calls import DEVICE, STAGES, Call, as_near_as_eager, composed, fused, make, randn, results, with_moments
 from tests.kernels.loca.test_reference import transposed
@@ -78,6 +78,11 @@ def test_every_size(size, training):
 
 def test_a_sample_of_one_patch_in_eval():
     check(make(1, (1, 1), training=False, dtype=torch.float32))
+
+
+def test_rows_of_patches_longer_than_a_tile_in_eval():
+    """So that neighbours are two tiles away."""
+    check(make(1, (2, 17), training=False, dtype=torch.float32))
 
 
 def test_an_empty_batch_in_eval():
@@ -161,41 +166,52 @@ def test_second_derivatives_are_the_references():
     torch.testing.assert_close(curvature(triton), curvature(composed), **DEEP)
 
 
-FORWARD = ["hidden_kernel", "local_kernel", "output_kernel"]
+FORWARD = ["prepare_kernel", "hidden_kernel", "local_kernel", "output_kernel"]
 BACKWARD = [
-    *("hidden_kernel", "local_kernel", "output_grad_kernel", "local_grad_kernel", "hidden_grad_kernel"),
+    *("prepare_kernel", "hidden_kernel", "local_kernel", "output_grad_kernel", "local_grad_kernel", "hidden_grad_kernel"),
     *("weight_grads_kernel", "local_weight_grad_kernel"),
 ]
+INFERENCE = ["prepare_kernel", "inference_kernel"]
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
-def test_three_kernels_forward_and_seven_backward(frozen):
-    call = make(32, (37, 37), 768, (192, 24, 96), 768, site=True, frozen=frozen, dtype=torch.bfloat16).to("meta")
+def test_four_launches_forward_and_eight_backward(frozen):
+    call = make(1, (37, 37), 768, (192, 24, 96), 768, site=True, frozen=frozen, dtype=torch.bfloat16).to("meta")
     with recording() as forward:
         out = triton(call)
     with recording() as backward:
         torch.autograd.backward(out, torch.empty_like(out))
     assert [launch.name for launch in forward] == FORWARD
     assert [launch.name for launch in backward] == BACKWARD
-    wide = [arg for arg in backward[4].args if isinstance(arg, Tensor) and arg.shape == call.tensors["n"].shape]
+    wide = [arg for arg in backward[5].args if isinstance(arg, Tensor) and arg.shape == call.tensors["n"].shape]
     assert len(wide) == (0 if frozen else 1)  # dn
-    kernels = {name for module in (triton_kernel, triton_grad_kernel) for name in vars(module) if name.endswith("_kernel")}
-    assert {*FORWARD, *BACKWARD} == kernels
+    modules = triton_kernel, triton_grad_kernel, triton_inference_kernel
+    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert {*FORWARD, *BACKWARD, *INFERENCE} == kernels
+
+
+@pytest.mark.parametrize(
+    ("parameters", "autocast"), [(torch.bfloat16, False), (torch.float32, False), (torch.float32, True)], ids=str
+)
+def test_twelve_launches_and_no_operation_of_torchs(parameters, autocast):
+    """Counters are zeroed and weights cast in prepare_kernel, and gradients are written in their own dtype."""
+    call = make(1, (37, 37), 768, (192, 24, 96), 768, site=True, dtype=torch.bfloat16, parameter_dtype=parameters).to("meta")
+    wanted, grad = [tensor for tensor in call.tensors.values() if tensor.requires_grad], torch.empty_like(call.tensors["n"])
+    with counting() as launches, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        torch.autograd.grad(triton(call), wanted, grad)
+    assert launches.torch == {}
+    assert launches.triton.total() == 12
 
 
 @pytest.mark.parametrize("parameters", [torch.bfloat16, torch.float32], ids=str)
-def test_beside_the_kernels_a_fill_of_counters_and_a_cast_of_the_weights(parameters):
-    call = make(32, (37, 37), 768, (192, 24, 96), 768, dtype=torch.bfloat16, parameter_dtype=parameters).to("meta")
-    grad = torch.empty_like(call.tensors["n"])
-    with counting() as forward:
-        out = triton(call)
-    with counting() as backward:
-        torch.autograd.grad(out, list(call.tensors.values()), grad)
-    cast = {"_foreach_copy_": 1} if parameters is torch.float32 else {}
-    assert forward.torch == {"zeros": 1} | cast
-    narrow = {} if parameters is torch.float32 else {"_to_copy": 1}  # of the batch norms' gradients
-    assert backward.torch == {"zeros": 1} | cast | narrow
-    assert (forward.triton.total(), backward.triton.total()) == (3, 7)
+@pytest.mark.parametrize("recorded", [False, True], ids=["", "with gradients"])
+def test_two_launches_in_eval(parameters, recorded):
+    like = {"dtype": torch.bfloat16, "parameter_dtype": parameters}
+    call = make(1, (37, 37), 768, (192, 24, 96), 768, training=False, site=True, **like).to("meta")
+    with counting() as launches, torch.set_grad_enabled(recorded):
+        triton(call)
+    assert launches.torch == {}
+    assert launches.triton == dict.fromkeys(INFERENCE, 1)
 
 
 def test_of_the_sum_alone_no_kernel_runs_backward():
