@@ -9,6 +9,7 @@
 # make gpu-verify  `fastadapt verify`
 # make gpu-bench   the benchmark
 # make gpu-tune    tile configurations for this GPU
+# make sanitize    compute-sanitizer over the CUDA C++ kernels: memory, races, uninitialised reads -> out/sanitize
 #
 # Variables: make test PYTHON=python3.12 VENV=/tmp/venv OUT=/tmp/out WORKERS=8
 
@@ -19,7 +20,7 @@ WORKERS ?= 2
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.PHONY: setup bench test clean gpu gpu-test gpu-verify gpu-bench gpu-tune
+.PHONY: setup bench test clean gpu gpu-test gpu-verify gpu-bench gpu-tune sanitize
 
 IN_VENV := $(VENV)/bin/python
 PIP_INSTALL := $(IN_VENV) -m pip install --constraint constraints.txt
@@ -75,3 +76,16 @@ gpu-bench:
 
 gpu-tune:
 	$(PART) -m bench tune --out $(OUT)/tune
+
+# races look at shared memory only; uninitialised reads are told where torch's own memory is, so its cache is switched off
+sanitize: OUT ?= out/sanitize
+sanitize:
+	mkdir -p $(OUT)
+	$(PART) -m fastadapt.native
+	failed=0
+	for tool in memcheck racecheck initcheck; do
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} timeout 480 \
+	    compute-sanitizer --tool $$tool --kernel-name kernel_substring=side_fusion --error-exitcode 9 \
+	    $(PYTHON) -m tests.cuda.sanitize 2>&1 | tee $(OUT)/$$tool.txt || failed=1
+	done
+	exit $$failed

@@ -1,9 +1,10 @@
-"""Builds the C++ library into the package where the build finds torch and a compiler, and leaves it out elsewhere.
+"""Builds the C++ libraries into the package where the build finds torch and a compiler, and leaves them out elsewhere.
 
-pip install --no-build-isolation .    with the library          FASTADAPT_NATIVE=1: fail rather than leave it out
-pip install .                         pure Python               FASTADAPT_NATIVE=0: leave it out
+pip install --no-build-isolation .    with the libraries        FASTADAPT_NATIVE=1: fail rather than leave one out
+pip install .                         pure Python               FASTADAPT_NATIVE=0: leave them out
 
-The sources travel inside the package, so `python -m fastadapt.native` can build the library later.
+The one with CUDA kernels is built where there is an nvcc (NVCC names another, or with an empty value none).
+The sources travel inside the package, so `python -m fastadapt.native` can build the libraries later.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if NATIVE not in ("auto", "0", "1"):
 
 
 class BuildPackage(build_py):
-    """Copies the Python files, then builds the library beside them (into the checkout for an editable install)."""
+    """Copies the Python files, then builds the libraries beside them (into the checkout for an editable install)."""
 
     def run(self) -> None:
         super().run()
@@ -41,11 +42,11 @@ class BuildPackage(build_py):
         except RuntimeError as error:
             if NATIVE == "1":
                 raise
-            print(f"fastadapt: installing without the C++ library: {error}", file=sys.stderr)
+            print(f"fastadapt: installing without a C++ library that could not be built: {error}", file=sys.stderr)
 
 
 class Wheel(bdist_wheel):
-    """Tags the wheel by what is in it: the library depends on the platform, but not on the Python (stable ABI)."""
+    """Tags the wheel by what is in it: a library depends on the platform, but not on the Python (stable ABI)."""
 
     def get_tag(self) -> tuple[str, str, str]:
         native = any(Path(self.get_finalized_command("build_py").build_lib, "fastadapt").glob("fastadapt-*.so"))

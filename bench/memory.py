@@ -3,33 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from fastadapt.prove.saved import saved_bytes
 
-def saved_bytes(run: Callable[[], Any], exclude: Iterable[Tensor] = ()) -> int:
-    """Bytes of the storages that autograd keeps when `run` runs a forward pass.
-
-    A storage counts once however many tensors or operations share it; those of `exclude` (parameters, buffers,
-    inputs) do not count.  Exact and deterministic on every device, the meta device included.
-    """
-    # a storage is known by its address; holding it keeps the address from being reused before the count is done
-    excluded = {_address(tensor): tensor for tensor in exclude}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if (address := _address(tensor)) not in excluded:
-            kept[address] = tensor.untyped_storage()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = run()
-    size = sum(storage.nbytes() for storage in kept.values())
-    del outputs  # the graph lived until here, as it does until a backward
-    return size
+__all__ = ["peak_bytes", "saved_bytes"]
 
 
 def peak_bytes(run: Callable[[], Any]) -> dict[str, int]:
@@ -44,7 +25,3 @@ def peak_bytes(run: Callable[[], Any]) -> dict[str, int]:
         "peak_bytes": torch.cuda.max_memory_allocated() - baseline,
         "reserved_bytes": torch.cuda.max_memory_reserved(),
     }
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata

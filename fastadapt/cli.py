@@ -1,4 +1,7 @@
-"""`fastadapt doctor`: what this machine has, and what runs on it.  `fastadapt verify`: whether that is right."""
+"""`fastadapt doctor`: what this machine has, and what runs on it.  `fastadapt verify`: whether that is right.
+
+`fastadapt plan`: what training a method needs.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,7 @@ from rich.table import Table
 import fastadapt
 from fastadapt import native
 from fastadapt.core.backend import WHY_NOT, BackendError, choose
+from fastadapt.models.plan.cli import plan
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "xformers")
 
@@ -37,7 +41,7 @@ def doctor() -> None:
     """Say which versions, GPUs and C++ library are here, which backend every operation takes, and why not another."""
     _show("Versions", _versions())
     _show("GPUs", _gpus())
-    _show("C++ library", [("status", _library())])
+    _show("C++ library", _library())
     _show("Backends", _backends())
     _show("Tuned tables", _tuned())
     _show("Environment", sorted((name, value) for name, value in os.environ.items() if name.startswith("FASTADAPT_")))
@@ -68,6 +72,9 @@ def verify(
     if json_file:
         json_file.write_text(json.dumps(results, indent=1) + "\n")
     raise typer.Exit(int(failed))
+
+
+app.command()(plan)
 
 
 def main() -> None:
@@ -116,9 +123,13 @@ def _driver() -> str:
     return asked.stdout.split("\n")[0]
 
 
-def _library() -> str:
+def _library() -> list[tuple[str, str]]:
     status = native.status()
-    return f"loaded from {status.path}" if status.loaded else status.reason
+    return [
+        ("status", f"loaded from {status.path}" if status.loaded else status.reason),
+        ("nvcc", native.find_nvcc() or "not found"),
+        ("CUDA kernels", native.cuda_reason() or "loaded"),
+    ]
 
 
 def _operations() -> dict[str, Any]:

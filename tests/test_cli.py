@@ -61,6 +61,19 @@ def test_doctor_tells_why_there_is_no_library(no_gpu: None, monkeypatch: pytest.
     assert ["status", "not", "built:", "a", "reason"] in lines(call("doctor").output)
 
 
+@pytest.mark.parametrize(
+    ("nvcc", "reason", "told"),
+    [
+        ("/bin/nvcc", None, [("nvcc", "/bin/nvcc"), ("CUDA kernels", "loaded")]),
+        (None, "a reason", [("nvcc", "not found"), ("CUDA kernels", "a reason")]),
+    ],
+)
+def test_cuda_kernels(monkeypatch: pytest.MonkeyPatch, nvcc: str | None, reason: str | None, told: list) -> None:
+    monkeypatch.setattr(native, "find_nvcc", lambda: nvcc)
+    monkeypatch.setattr(native, "cuda_reason", lambda: reason)
+    assert cli._library()[1:] == told
+
+
 def test_gpus_are_listed_with_their_driver(two_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "_driver", lambda: "580.1")
     assert cli._gpus() == [

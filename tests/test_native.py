@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -190,6 +193,7 @@ class TestFindingTheLibrary:
     @pytest.fixture(autouse=True)
     def _elsewhere(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FASTADAPT_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("NVCC", "")
         monkeypatch.setattr(native, "PACKAGE", tmp_path / "package")
 
     def test_not_built(self):
@@ -214,6 +218,14 @@ class TestFindingTheLibrary:
         (copy / "dropout.cpp").write_text("// changed\n")
         assert native.library_name() != name
 
+    @pytest.mark.parametrize(("file", "kinds"), [("ptx.cuh", {"cuda"}), ("matrix.h", {"kernels", "autograd", "cuda"})])
+    def test_a_changed_header_renames_what_includes_it(self, file: str, kinds: set, tmp_path: Path, monkeypatch):
+        names = {kind: native.library_name(kind) for kind in native.FLAGS}
+        copy = shutil.copytree(native.SOURCES, tmp_path / "csrc")
+        (copy / file).write_text("// changed\n")
+        monkeypatch.setattr(native, "SOURCES", copy)
+        assert {kind for kind in native.FLAGS if native.library_name(kind) != names[kind]} == kinds
+
     def test_building_without_a_compiler_says_so(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv("CXX", "no-such-compiler -O0")
         with pytest.raises(RuntimeError, match="'no-such-compiler' not found"):
@@ -224,3 +236,65 @@ class TestFindingTheLibrary:
         with pytest.raises(RuntimeError, match=r"(?s)failed:.*no-such-header\.h"):
             native.build()
         assert list(native.cache_folder().iterdir()) == []
+
+    def test_an_nvcc_that_is_not_there_is_named_and_costs_no_other_library(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("CXX", sys.executable + " -c pass")
+        monkeypatch.setenv("NVCC", "no-such-nvcc")
+        monkeypatch.setattr(native.os, "replace", lambda unfinished, library: library.touch())
+        with pytest.raises(RuntimeError, match="no CUDA compiler: 'no-such-nvcc' not found .set NVCC"):
+            native.build()
+        built = {path.name for path in native.cache_folder().glob("*.so")}
+        assert built == {native.library_name("kernels"), native.library_name("autograd")}
+
+
+class TestFindingNvcc:
+    @pytest.fixture(autouse=True)
+    def _nowhere(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("NVCC", raising=False)
+        monkeypatch.delenv("CUDA_HOME", raising=False)
+
+    @staticmethod
+    def having(*files: str):
+        return lambda name, path=None: next((file for file in files if file == f"{path or 'PATH'}/{name}"), None)
+
+    @pytest.mark.parametrize(
+        ("files", "environment", "found"),
+        [
+            ([], {}, None),
+            (["PATH/nvcc", "/home/bin/nvcc"], {"CUDA_HOME": "/home"}, "PATH/nvcc"),
+            (["/home/bin/nvcc", "/usr/local/cuda/bin/nvcc"], {"CUDA_HOME": "/home"}, "/home/bin/nvcc"),
+            (["/usr/local/cuda/bin/nvcc"], {}, "/usr/local/cuda/bin/nvcc"),
+            (["PATH/nvcc"], {"NVCC": "mine -v"}, "mine -v"),
+            (["PATH/nvcc"], {"NVCC": ""}, None),
+        ],
+    )
+    def test_places_in_their_order(self, files: list, environment: dict, found: str | None, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(native.shutil, "which", self.having(*files))
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert native.find_nvcc() == found
+
+    def test_pips_packages_come_last(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        (tmp_path / "nvidia" / "cu13" / "bin").mkdir(parents=True)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr(native.shutil, "which", self.having(f"{tmp_path}/nvidia/cu13/bin/nvcc"))
+        assert native.find_nvcc() == f"{tmp_path}/nvidia/cu13/bin/nvcc"
+
+
+@pytest.mark.parametrize(
+    ("loaded", "cuda", "torch_cuda", "nvcc", "reason"),
+    [
+        (False, False, "13.0", None, r"the C\+\+ library is not built: a reason"),
+        (True, True, None, None, r"this torch \(.*\) has no CUDA"),
+        (True, False, "13.0", None, "the CUDA kernels are not built, and there is no nvcc to build them"),
+        (True, False, "13.0", "nvcc", "the CUDA kernels are not built: `python -m fastadapt.native` builds them"),
+        (True, True, "13.0", None, None),
+    ],
+)
+def test_why_there_are_no_cuda_kernels(loaded, cuda, torch_cuda, nvcc, reason, monkeypatch: pytest.MonkeyPatch):
+    found = native.Status(loaded, None, "" if loaded else "not built: a reason", cuda=cuda)
+    monkeypatch.setattr(native, "status", lambda: found)
+    monkeypatch.setattr(native, "find_nvcc", lambda: nvcc)
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    told = native.cuda_reason()
+    assert told is None if reason is None else re.fullmatch(reason, told)

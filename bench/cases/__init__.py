@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from bench.case import Case
-from bench.cases import bottleneck_adapter, clip_lora, light_interaction, loca, local_dwconv, lora_linear, prior_attention
+from bench.cases import (
+    bottleneck_adapter,
+    clip_lora,
+    light_interaction,
+    loca,
+    local_dwconv,
+    lora_linear,
+    prior_attention,
+    side_fusion,
+)
 
 # each module: the shapes that a GPU measures, those that a CPU can, and the case of a shape
 OPERATIONS = {
@@ -15,6 +24,7 @@ OPERATIONS = {
     "light_interaction": light_interaction,
     "local_dwconv": local_dwconv,
     "loca": loca,
+    "side_fusion": side_fusion,
 }
 CLIP = {"cuda": (("bfloat16", 32), ("float32 under bfloat16 autocast", 32)), "cpu": (("float32", 4),)}
 

@@ -24,6 +24,7 @@ from bench.cases.common import SEED, autocasting
 from bench.clocks import ROTATION
 from bench.compiled import compile_in_place
 from bench.photos import views
+from bench.twin import with_fused_masks
 from fastadapt.prove.judge import Verdict, judge, poisoned
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
@@ -153,10 +154,7 @@ class Inputs:
 
     def _twin(self, dropout: bool, dtype: torch.dtype) -> dict[str, Tensor]:
         """PEFT's own outputs in `dtype`, with fastadapt's dropout masks in place of nn.Dropout's."""
-        model = self.model().to(dtype)
-        for layer in lora_layers(model):
-            layer.lora_dropout["default"] = fastadapt.PhiloxDropout(DROPOUT)
-        return self.outputs(model, dropout)
+        return self.outputs(with_fused_masks(self.model().to(dtype)), dropout)
 
 
 def _trained(inputs: Inputs, model: nn.Module) -> Arm:

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from fastadapt import lora_linear
 from fastadapt.core.checks import FLOATS
-from fastadapt.modules.lora import PhiloxDropout
+from fastadapt.modules.frozen_parts import DROPOUTS, READERS, Member, why_not_dtypes, why_not_linear, why_not_plain
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)  # others are quantised or sharded
 _AUTOCAST_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_DROPOUTS = (nn.Dropout, PhiloxDropout, nn.Identity)
 
 
 class FusedLinear(Linear):
@@ -110,21 +109,26 @@ def operands(layer: Linear, x: Tensor, *args: Any, **kwargs: Any) -> Operands | 
     return Operands(weight, bias, lora_a, lora_b, layer.scaling[adapter], dropout_p)
 
 
+def member(layer: Linear, x: Tensor) -> Member | str:
+    """The layer as a part of a frozen block (fastadapt.modules.frozen_parts), or why it cannot be one."""
+    if reason := why_not_plain(layer):
+        return reason
+    if layer.merged == layer.disable_adapters:
+        found = operands(layer, x)
+        return found if isinstance(found, str) else Member(*found)
+    base = layer._modules["base_layer"]  # alone it is what the layer computes, merged or with adapters disabled
+    if reason := _why_not_linear("base_layer", base) or why_not_dtypes(x, base._parameters["weight"]):
+        return reason
+    return Member(base._parameters["weight"], base._parameters["bias"])
+
+
+READERS[Linear] = READERS[FusedLinear] = member
+
+
 def _why_not_linear(name: str, module: nn.Module) -> str | None:
     """Why calling the module is more than a linear with its own weight."""
-    if type(module).forward is not nn.Linear.forward:
-        return f"{name} is {type(module).__name__}"
-    if "weight" not in module._parameters:
-        return f"{name} computes its weight"
-    if (
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
-        or "forward" in module.__dict__  # how accelerate and diffusers hook a module
-    ):
-        return f"{name} has hooks"
-    return None
+    reason = why_not_linear(module)
+    return reason and f"{name} {reason}"
 
 
 def _why_not_adapter(layer: Linear, adapter: str) -> str | None:
@@ -134,7 +138,7 @@ def _why_not_adapter(layer: Linear, adapter: str) -> str | None:
         return "lora_bias is set"
     children = layer._modules
     dropout = children["lora_dropout"]._modules[adapter]
-    if type(dropout) not in _DROPOUTS:
+    if type(dropout) not in DROPOUTS:
         return f"lora_dropout is {type(dropout).__name__}"
     return _why_not_linear("lora_A", children["lora_A"]._modules[adapter]) or _why_not_linear(
         "lora_B", children["lora_B"]._modules[adapter]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import TypeVar
 
@@ -38,25 +39,43 @@ class Row:
     reason: str
 
 
+@dataclass(frozen=True)
+class BlockRow:
+    """One transformer layer of a known family: where it is, its class, and what a call of it runs.
+
+    path is "transformers", or "fastadapt" for a layer computed as a `FrozenBlock`, LoRA included; reason says why it is not.
+    """
+
+    name: str
+    kind: str
+    path: str
+    reason: str
+
+
 @dataclass(frozen=True, repr=False)
 class Explanation:
-    """What `explain` found: one row for each LoRA layer; as a string, a table."""
+    """What `explain` found: one row for each LoRA layer and one for each transformer layer; as a string, two tables."""
 
     rows: tuple[Row, ...]
+    blocks: tuple[BlockRow, ...] = ()
 
     def __str__(self) -> str:
-        header = [field.name for field in fields(Row)]
-        cells = [header, *([_cell(value) for value in astuple(row)] for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*cells)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
-        fused = sum(row.path.startswith("fastadapt") for row in self.rows)
-        return "\n".join([*lines, f"{fused} of {len(self.rows)} LoRA layers run fused"])
+        lines = _table(Row, self.rows, "LoRA layers run fused")
+        return "\n".join(lines + (_table(BlockRow, self.blocks, "blocks run fused") if self.blocks else []))
 
     __repr__ = __str__
 
 
+def _table(kind: type, rows: Sequence[object], what: str) -> list[str]:
+    header = [field.name for field in fields(kind)]
+    cells = [header, *([_cell(value) for value in astuple(row)] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
+    return [*lines, f"{sum(row.path.startswith('fastadapt') for row in rows)} of {len(rows)} {what}"]
+
+
 def fuse(model: Model) -> Model:
-    """Compute the model's PEFT LoRA linears with `fastadapt.lora_linear`, in place.
+    """Compute the model's PEFT LoRA linears and its frozen transformer layers with fastadapt's operations, in place.
 
         y = x W^T + b + scaling dropout(x) A^T B^T, one operation instead of PEFT's five
 
@@ -67,28 +86,40 @@ def fuse(model: Model) -> Model:
     (DoRA and other variants, quantised bases, embeddings, convolutions) are left alone, with a warning; `explain` says
     why.
 
+    The layers of transformers' CLIP, SigLIP, ViT, DINOv2, BERT and DETR encoders change their class likewise and run as a
+    `FrozenBlock`, LoRA included: q, k and v read their input once, and neither a LayerNorm's output nor an activation nor
+    a dropout mask is kept for the backward.  A call whose layer has more to it (hooks on its parts, weights that train,
+    attention weights asked for, another attention than torch's) is transformers' own.
+
     Args:
-        model: any module that contains PEFT LoRA layers.  Fusing again is harmless, and picks up layers added since.
+        model: any module that contains PEFT LoRA layers or transformer layers of these families.  Fusing again is
+            harmless, and picks up layers added since.
 
     Returns:
         The same model.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
-        ValueError: model has no PEFT LoRA layer.
+        ValueError: model has neither.
 
     Without dropout equal to PEFT up to rounding.  With it the masks have the same distribution but come from a seed
     (fastadapt.core.philox), not from nn.Dropout's random stream; `fastadapt.PhiloxDropout` gives an eager model them.
     """
-    layers = _peft_layers(model)
-    if not layers:
+    layers, blocks = _peft_layers(model), _blocks(model)
+    if not layers and not blocks:
         raise ValueError(
             "model: expected a model with PEFT LoRA layers, as peft.get_peft_model makes, "
             f"got a {type(model).__name__} without any"
         )
-    from fastadapt.integrations import peft
+    for block in blocks.values():
+        from fastadapt.integrations import transformers
 
-    reasons = [peft.fuse_layer(layer) for layer in layers.values()]
+        transformers.fuse_layer(block)
+    reasons = []
+    for layer in layers.values():
+        from fastadapt.integrations import peft
+
+        reasons.append(peft.fuse_layer(layer))
     left = Counter(reason for reason in reasons if reason is not None)
     if left:
         counts = "; ".join(f"{reason} ({count})" for reason, count in left.items())
@@ -106,14 +137,19 @@ def unfuse(model: Model) -> Model:
         from fastadapt.integrations import peft
 
         peft.unfuse_layer(layer)
+    for block in _blocks(model).values():
+        from fastadapt.integrations import transformers
+
+        transformers.unfuse_layer(block)
     return model
 
 
 def explain(model: nn.Module) -> Explanation:
-    """List the model's LoRA layers, PEFT's and `fastadapt.LoraLinear`: the path that a call of each takes now, and why.
+    """List the model's LoRA layers, PEFT's and `fastadapt.LoraLinear`, and its transformer layers of known families: the
+    path that a call of each takes now, and why.
 
     The call is supposed to have x on the weight's device and in its dtype, the autocast that explain itself has, and
-    32 * 197 rows: the algorithm may change with their number.
+    32 * 197 rows: the algorithm may change with their number.  A layer that runs as a block computes its LoRA itself.
 
     Raises:
         TypeError: model is not a torch.nn.Module.
@@ -125,7 +161,7 @@ def explain(model: nn.Module) -> Explanation:
             rows.append(_own_row(name, module))
         elif name in layers:
             rows.append(_peft_row(name, module))
-    return Explanation(tuple(rows))
+    return Explanation(tuple(rows), tuple(_block_row(name, block) for name, block in _blocks(model).items()))
 
 
 def _peft_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -136,6 +172,25 @@ def _peft_layers(model: nn.Module) -> dict[str, nn.Module]:
     from fastadapt.integrations import peft
 
     return dict(peft.lora_layers(model))
+
+
+def _blocks(model: nn.Module) -> dict[str, nn.Module]:
+    if "transformers" not in sys.modules:
+        return {}
+    from fastadapt.integrations import transformers
+
+    return {name: module for name, module in model.named_modules() if transformers.is_known(module)}
+
+
+def _block_row(name: str, block: nn.Module) -> BlockRow:
+    from fastadapt.integrations import transformers
+
+    weight = transformers.at(block, transformers.family_of(block).norm1).weight
+    found = transformers.call_of(block, weight.new_empty(1, 2, weight.shape[0]))
+    reason = found if isinstance(found, str) else ""
+    if not reason and not isinstance(block, transformers.FusedLayer):
+        reason = "fastadapt.fuse(model) would fuse it"
+    return BlockRow(name, type(block).__name__, "transformers" if reason else "fastadapt frozen block", reason)
 
 
 def _own_row(name: str, layer: LoraLinear) -> Row:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastadapt import local_dwconv
+from fastadapt import local_conv_adapter, local_conv_adapter_path, local_dwconv
 from fastadapt.core.backend import autocast_dtype
 from fastadapt.core.checks import check_dtype, check_input, check_number, check_tensor, fail
 from fastadapt.modules.activation import quick_gelu
@@ -35,6 +35,10 @@ class LocalConvAdapter(nn.Module):
     (3, 3, bottleneck), is w_3, and `conv_bias` is c.  The weight of a depthwise nn.Conv2d becomes taps by
     weight[:, 0].permute(1, 2, 0).  D and d start as nn.Linear's, taps as nn.Conv2d's, c, U and u at zero, so that a new
     adapter changes nothing.
+
+    A call that wants no gradient is one kernel, `fastadapt.local_conv_adapter`, where `fastadapt.local_conv_adapter_path` says
+    so; any other, `fastadapt.local_dwconv` between two products.  The two round alike but for the order of sums, and the one
+    kernel adds scale and residual before it rounds.
 
     Args:
         in_features: width of x and y.
@@ -134,20 +138,35 @@ class LocalConvAdapter(nn.Module):
         if residual is not None:
             check_tensor("residual", residual, tuple(x.shape), x.device)
             check_dtype("residual", residual, (dtype, torch.float32) if dtype.itemsize == 2 else (dtype,))
-        hidden = local_dwconv(
-            linear(self.down_proj, x, dtype),
-            self.kernel().permute(2, 0, 1),
-            self.conv_bias,
-            grid=grid or self.grid or square_grid(x.shape[1] - self.prefix_tokens),
-            prefix_tokens=self.prefix_tokens,
-            dilation=self.dilation,
-        )
+        grid = grid or self.grid or square_grid(x.shape[1] - self.prefix_tokens)
+        kernel = self.kernel().permute(2, 0, 1)
+        options = {"grid": grid, "prefix_tokens": self.prefix_tokens, "dilation": self.dilation}
+        if self._path(x, grid, dtype, scale) == "fused":
+            down, up = self.down_proj, self.up_proj
+            adapter = down.weight, down.bias, kernel, self.conv_bias, up.weight, up.bias
+            return local_conv_adapter(x, *adapter, **options, activation=self.activation, scale=scale, residual=residual)
+        hidden = local_dwconv(linear(self.down_proj, x, dtype), kernel, self.conv_bias, **options)
         y = linear(self.up_proj, ACTIVATIONS[self.activation](hidden), dtype)
         if isinstance(scale, Tensor):
             y, scale = (y * (scale.unsqueeze(-1) if scale.ndim else scale)).to(dtype), 1.0
         if residual is not None:
             return torch.add(residual, y, alpha=scale)
         return y if scale == 1.0 else y * scale
+
+    def _path(self, x: Tensor, grid: tuple[int, int], dtype: torch.dtype, scale: float | Tensor) -> str:
+        size = max(map(len, self.taps.values()))
+        return local_conv_adapter_path(
+            x.shape[0] * x.shape[1],
+            self.down_proj.in_features,
+            self.down_proj.out_features,
+            self.up_proj.out_features,
+            grid=grid,
+            kernel=(size, size),
+            dilation=self.dilation,
+            gradients=wants_gradients(x, scale, *self.parameters()),
+            dtype=dtype,
+            device=x.device,
+        )
 
     def extra_repr(self) -> str:
         sizes = [len(taps) for taps in self.taps.values()]
@@ -161,6 +180,11 @@ def square_grid(patches: int) -> tuple[int, int]:
     if side == 0 or side * side != patches:
         fail("grid", f"a height and a width, as the {patches} tokens behind the prefix make no square", None)
     return side, side
+
+
+def wants_gradients(*values: float | Tensor) -> bool:
+    """Whether autograd is to give one of these a gradient."""
+    return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
 
 def padded(taps: Tensor, size: int) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +12,9 @@ from fastadapt import bottleneck_adapter
 from fastadapt.core.checks import fail
 from fastadapt.modules.adapters import check_bottleneck, norm_arguments
 
-_NORMAL = partial(nn.init.normal_, std=0.02)
+
+def _normal(tensor: Tensor) -> None:
+    nn.init.normal_(tensor, std=0.02)  # looked up here: transformers replaces it while it loads a model
 
 
 class SideAdapter(nn.Module):
@@ -108,7 +109,7 @@ class SideAdapter(nn.Module):
         this LayerNorm is output_norm.
         """
         shared_up = nn.Linear(bottleneck, vision_dim, **like)
-        _start(shared_up, _NORMAL)
+        _start(shared_up, _normal)
         vision = cls(vision_dim, bottleneck, shared_up=shared_up, **like)
         text = cls(output_norm.normalized_shape[-1], bottleneck, shared_up=shared_up, output_norm=output_norm, **like)
         return vision, text
@@ -119,7 +120,7 @@ class SideAdapter(nn.Module):
             self.norm.reset_parameters()
         for linear in (self.down_proj, self.up_proj):
             if linear is not None:
-                _start(linear, nn.init.xavier_uniform_ if self.output_norm is None else _NORMAL)
+                _start(linear, nn.init.xavier_uniform_ if self.output_norm is None else _normal)
 
     def forward(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """The adapter of every row of x.

@@ -13,7 +13,9 @@ from rich.console import Console
 from torch import Tensor
 
 from bench import job
-from bench.case import COMPILED, EAGER, FASTADAPT, RELEASED, SDPA, XFORMERS, Unavailable
+from bench.case import (
+    COMPILED, CUDNN_ARMS, EAGER, FASTADAPT, ONE_BY_ONE, RELEASED, SDPA, STACKED, XFORMERS, Arm, Unavailable
+)  # fmt: skip
 from bench.cases import (
     OPERATIONS,
     bottleneck_adapter,
@@ -24,6 +26,7 @@ from bench.cases import (
     lora_linear,
     operation_cases,
     prior_attention,
+    side_fusion,
 )
 from bench.clocks import ROTATION
 from bench.rows import Recorder, read
@@ -45,6 +48,8 @@ SMALL = [
     (light_interaction, INTERACTION(precision="autocast")),
     (local_dwconv, local_dwconv.Shape(2, 5, 16, precision="fp32")),
     (loca, loca.Shape(2, 5, precision="fp32")),
+    (side_fusion, side_fusion.Shape("vision", 2, 5, layers=2, precision="fp32")),
+    (side_fusion, side_fusion.Shape("text", 2, 3, layers=1, precision="fp32")),
 ]
 each_operation = pytest.mark.parametrize("module", PLAIN, ids=lambda module: module.__name__.split(".")[-1])
 
@@ -60,7 +65,7 @@ def reasons(case: Any, name: str) -> list[str]:
 @pytest.mark.parametrize("module, shape", SMALL, ids=[shape.name for _, shape in SMALL])
 def test_every_arm_is_right(module: ModuleType, shape: Any) -> None:
     case = module.case(shape)
-    names = [name for name in case.arms if name not in (COMPILED, XFORMERS)]
+    names = [name for name in case.arms if name not in (COMPILED, XFORMERS, *CUDNN_ARMS)]
     assert {name: reasons(case, name) for name in names} == {name: [] for name in names}
     assert FASTADAPT in names
 
@@ -106,11 +111,31 @@ def test_xformers_is_not_available_without_a_gpu() -> None:
         reasons(prior_attention.case(ATTENTION), XFORMERS)
 
 
+def test_settings_of_cudnn_are_not_available_without_a_gpu() -> None:
+    case = local_dwconv.case(local_dwconv.Shape(2, 5, 16, precision="fp32"))
+    assert set(CUDNN_ARMS) < set(case.arms)
+    for name in CUDNN_ARMS:
+        with pytest.raises(Unavailable, match="CUDA"):
+            reasons(case, name)
+
+
+def test_settings_of_cudnn_hold_in_both_directions_and_no_longer() -> None:
+    seen, settings = [], {"benchmark": True, "deterministic": True}
+
+    def look(*call: Any) -> None:
+        seen.append({name: getattr(torch.backends.cudnn, name) for name in settings})
+
+    arm = local_dwconv.under_cudnn(Arm(look, look, look, ()), settings)
+    look(), arm.forward(0), arm.backward(None), arm.outputs(False), look()
+    assert seen[1:4] == 3 * [settings]
+    assert seen[0] == seen[4] != settings
+
+
 @each_operation
 def test_arms_run_every_phase_on_every_set(module: ModuleType) -> None:
     case = module.case(PLAIN[module])
     inputs = case.make_inputs(CPU)
-    for name in [name for name in case.arms if name not in (COMPILED, XFORMERS)]:
+    for name in [name for name in case.arms if name not in (COMPILED, XFORMERS, *CUDNN_ARMS)]:
         arm = case.arms[name](inputs)
         for phase in case.work:
             arm.step(phase)(ROTATION - 1)
@@ -172,6 +197,19 @@ def test_interaction_work_by_hand() -> None:
     assert backward.bytes_min == 2 * (3 * 5 * 4) + 4 * 2 * parameters
 
 
+@pytest.mark.parametrize(("tower", "width", "own", "frozen"), [("vision", 256, 0, 0), ("text", 768, 512, 4 * 768)])
+def test_tower_work_by_hand(tower: str, width: int, own: int, frozen: int) -> None:
+    """Two adapters over 6 tokens, each a tap wide, and two bases."""
+    shape = side_fusion.Shape(tower, 2, 3, layers=1)
+    forward, backward = side_fusion.forward_work(shape), side_fusion.backward_work(shape)
+    product = 2 * 6 * width * 128
+    assert (forward.flops, backward.flops) == (4 * product, 6 * product)
+    shared = 256 * 128 + 256
+    trained = 2 * (128 * width + 128) + shared + own * 128 + own + (128 * width + width) + 2 * width
+    assert forward.bytes_min == 2 * (5 * 6 * width + trained + frozen)
+    assert backward.bytes_min == 2 * (3 * 6 * width + 2 * trained + frozen)
+
+
 def counted(case: Any, folder: Path) -> dict[str, tuple[int, int, int, dict[str, int]]]:
     """Launches forward and backward, bytes kept and kernels by name, for every arm that can be counted."""
     Session(Recorder(folder / "rows.jsonl", "run", {}), {}, {}).count(case)
@@ -213,6 +251,16 @@ def test_an_interaction_is_two_launches_forward_and_keeps_no_map(tmp_path: Path)
     assert found[RELEASED][3]["_softmax"] == 2
     assert found[SDPA][3]["_scaled_dot_product_flash_attention"] == 2
     assert "_softmax" not in found[SDPA][3]
+
+
+@pytest.mark.parametrize(("tower", "tokens", "mib"), [("vision", 400, 25.0), ("text", 20, 3.75)])
+def test_a_towers_side_is_few_launches_and_keeps_its_taps(tower: str, tokens: int, mib: float, tmp_path: Path) -> None:
+    """mib: of the two taps of a layer of M2IST at its batch of 64."""
+    found = counted(side_fusion.case(side_fusion.Shape(tower, 64, tokens)), tmp_path)
+    forward, backward, saved, _ = found[FASTADAPT]
+    assert forward <= 2 and backward <= 4 and saved == 6 * mib * 2**20
+    for arm in (RELEASED, STACKED, ONE_BY_ONE):
+        assert found[arm][0] > 10 and found[arm][1] > 20 and found[arm][2] > 1.5 * saved, arm
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.memory import saved_bytes
-from fastadapt import LocalConvAdapter
+from fastadapt import LocalConvAdapter, local_conv_adapter
+from fastadapt.core.launch import recording
+from fastadapt.modules import local_conv
+from fastadapt.prove.meta import as_on_cuda
 from tests.modules.checks import compiles, randomise, round_trips, runs_under_autocast, with_gradients
 from tests.tolerance import EXACT, no_worse_than
 
@@ -184,6 +188,52 @@ def test_float32_parameters_serve_an_input_in_16_bits():
     assert scaled.dtype is torch.bfloat16 and torch.equal(scaled, y * 0.5)
     residual = torch.randn(2, 10, K)
     assert torch.equal(module(x, residual=residual), residual + y)
+
+
+def kernels(module: LocalConvAdapter, x: Tensor, **options: object) -> list[str]:
+    with as_on_cuda(), recording(arguments=False) as launches:
+        module(x, **options)
+    return [launch.name for launch in launches]
+
+
+def test_one_kernel_serves_where_no_gradient_is_wanted():
+    module = LocalConvAdapter(768, 64, device="meta", dtype=torch.bfloat16)
+    x = torch.empty(32, 1370, 768, device="meta", dtype=torch.bfloat16)
+    residual, scale = torch.empty_like(x, requires_grad=True), torch.empty((), device="meta", requires_grad=True)
+    assert kernels(module, x) == ["conv_kernel"]
+    with torch.no_grad():
+        assert kernels(module, x, residual=residual, scale=scale) == ["adapter_kernel"]
+        assert kernels(LocalConvAdapter(768, 384, device="meta", dtype=torch.bfloat16), x) == ["conv_kernel"]
+    module.requires_grad_(False)
+    assert kernels(module, x, residual=residual) == ["adapter_kernel"]  # whose gradient is the result's
+    assert kernels(module, x, scale=scale) == kernels(module, x.requires_grad_()) == ["conv_kernel"]
+
+
+@pytest.mark.parametrize("scale", [0.3, "one tensor", "one a token"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_one_operation_is_the_equation(activation, scale, monkeypatch):
+    monkeypatch.setattr(local_conv, "local_conv_adapter_path", lambda *sizes, **options: "fused")
+    own = {"kernel_sizes": (5, 3), "dilation": 2, "prefix_tokens": 2, "grid": (3, 4), "activation": activation}
+    module, x, residual = randomise(LocalConvAdapter(K, H, **own)), leaf(2, 14, K), leaf(2, 14, K)
+    scale = {"one tensor": leaf(), "one a token": leaf(2, 14)}.get(scale, scale)
+    got = with_gradients(module(x, scale=scale, residual=residual), module, x=x, residual=residual)
+    expected = with_gradients(plain(module, x, (3, 4), scale, residual), module, x=x, residual=residual)
+    torch.testing.assert_close(got, expected, **EXACT)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("parameters", [torch.bfloat16, torch.float32], ids=str)
+def test_the_one_kernel_is_as_near_as_its_parts(parameters, monkeypatch):
+    exact = randomise(LocalConvAdapter(48, 16, kernel_sizes=(3, 5), scale=0.5))
+    module, x = copy.deepcopy(exact).to(parameters), leaf(1, 26, 48, dtype=torch.bfloat16)
+    exact.load_state_dict(module.state_dict())
+    parts = module(x, residual=x)
+    monkeypatch.setattr(local_conv, "local_conv_adapter_path", lambda *sizes, **options: "fused")
+    monkeypatch.setattr(local_conv, "local_conv_adapter", partial(local_conv_adapter, backend="triton"))
+    with recording() as launches:
+        found = module(x, residual=x)
+    assert len(launches) == 1
+    no_worse_than({"y": found}, {"y": parts}, {"y": plain(exact, x.double(), (5, 5), 0.5, x.double())})
 
 
 def adapter_and_inputs() -> tuple[nn.Module, list[Tensor]]:

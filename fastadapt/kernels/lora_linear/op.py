@@ -148,7 +148,7 @@ def _apply(
     if chosen == "native" and native.differentiable() and not torch.compiler.is_compiling():
         outputs = native_kernel.apply(tensors, numbers, probability)
     else:
-        outputs = _operation(tensors, numbers, probability, chosen)
+        outputs = operation(tensors, numbers, probability, chosen)
     return outputs[: len(numbers)]
 
 
@@ -215,7 +215,7 @@ def _backward_fake(
     return [grads[0].new_empty(*grads[0].shape[:-1], weight.shape[1]), *own] if needs[0] else own
 
 
-_operation = Operation(
+operation = Operation(
     name="lora_linear",
     options_schema="float[] scales, float dropout_p, str backend",
     **by_backend(

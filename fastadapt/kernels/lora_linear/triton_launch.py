@@ -176,21 +176,26 @@ def backward(
     scales: Sequence[float],
     dropout_p: float,
 ) -> list[Tensor]:
-    """The gradients that `needs` marks, as reference.backward."""
+    """The gradients that `needs` marks, as reference.backward.
+
+    x may be a function that makes it: called with dx (None where that is not needed), or with nothing before there is a dx.
+    """
     flat, products = reference.split_saved(saved)
     dys = [flat_rows(grad) for grad in grads[: len(products)]]
     call = call_of(flat, scales, dropout_p, dys[0].dtype)
     problem = problem_of(call, dys[0].shape[0], dys[0].device, backward=True)
     algorithm = config.algorithm(problem)
     if algorithm == "library" or any(grad is not None for grad in grads[len(products) :]):
-        return reference.backward(saved, grads, needs, scales, dropout_p)
+        x = flat[0]() if callable(flat[0]) else flat[0]
+        return reference.backward([x, *saved[1:]], grads, needs, scales, dropout_p)
     wanted, lows = [], [None] * len(dys)
     if needs[0]:
         dx, lows = grad_input(call, dys, problem, algorithm)
         wanted.append(dx.view(*grads[0].shape[:-1], call.depth))
     elif any(needs[HEAD + 2 :: EACH]):
         lows = up_products(call, dys, problem)
-    rows = None if flat[0] is None else flat_rows(flat[0])
+    x = flat[0](wanted[0] if needs[0] else None) if callable(flat[0]) else flat[0]
+    rows = None if x is None else flat_rows(x)
     downs, ups = factor_grads(call, problem, members(needs), rows, dys, lows, products)
     for g, (need_weight, need_bias, need_a, need_b) in enumerate(members(needs)):
         weight, bias = flat[HEAD + EACH * g], flat[HEAD + EACH * g + 1]

@@ -9,9 +9,9 @@ from torch import nn
 from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-import fastadapt
 from bench.memory import saved_bytes
 from bench.meta import as_on_cuda
+from fastadapt.integrations.peft import fuse_layer, lora_layers
 
 BATCH, TOKENS, WIDTH, HIDDEN, RANK = 32, 197, 768, 3072, 16
 LINEARS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
@@ -32,11 +32,19 @@ def with_lora(activation: str) -> nn.Module:
     return inject_adapter_in_model(config, block(activation)).to(torch.bfloat16)
 
 
+def with_fused_linears(activation: str) -> nn.Module:
+    """PEFT's with its linears alone fused: what the operation saves without the block around it (test_transformers_cost.py)."""
+    layer = with_lora(activation)
+    for _, linear in lora_layers(layer):
+        fuse_layer(linear)
+    return layer
+
+
 # CLIP's own keeps more for itself than the one of ViT and DINOv2, beside which LoRA weighs more
 @pytest.fixture(scope="module", params=["quick_gelu", "gelu"])
 def kept(request: pytest.FixtureRequest) -> dict[str, int]:
     """Bytes by kind of block; the block's input, which the block before it made, counts as well where it is kept."""
-    blocks = {"frozen": block, "PEFT": with_lora, "fastadapt": lambda act: fastadapt.fuse(with_lora(act))}
+    blocks = {"frozen": block, "PEFT": with_lora, "fastadapt": with_fused_linears}
     found = {}
     for name, build in blocks.items():
         layer = build(request.param)
