@@ -20,10 +20,11 @@ aten = torch.ops.aten
 
 
 def key_bias(key_padding_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores, (B, 1, 1, S): minus infinity where the mask (B, S) is True."""
+    """What is added to the scores, (B, 1, 1, S): minus infinity where the mask (B, S) is True, or a floating mask itself."""
     batch, keys = key_padding_mask.shape
     aligned = torch.zeros(batch, 1, 1, -(-keys // _ALIGNMENT) * _ALIGNMENT, dtype=dtype, device=key_padding_mask.device)
-    return aligned[..., :keys].masked_fill_(key_padding_mask[:, None, None], -math.inf)
+    bias, mask = aligned[..., :keys], key_padding_mask[:, None, None]
+    return bias.masked_fill_(mask, -math.inf) if mask.dtype is torch.bool else bias.copy_(mask)
 
 
 def kind(q: Tensor, bias: Tensor | None, dropout_p: float) -> str:

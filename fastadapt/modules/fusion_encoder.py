@@ -88,7 +88,8 @@ class FusionEncoder(nn.Module):
             tokens: (B, T, d_model), such as [REG, words, image].
             positions: (T, d_model), or (B, T, d_model).
             key_padding_mask: (B, T) of bool, True for tokens that none attends to.  A sample with no other attends to nothing:
-                its attention is out_proj's bias.
+                its attention is out_proj's bias.  Or of a floating dtype, added to the scores, as nn.MultiheadAttention does;
+                it gets no gradient.
             rows: compute the first `rows` tokens of the last layer's output alone; None for all.  Where only they are used, as
                 a REG token in first place at inference (and, without HiVG's auxiliary heads, in training), this is exact, and
                 with 1 the last layer is the products for keys and values and little else: 6.5 GFLOP forward in place of 7.7 in
@@ -104,7 +105,7 @@ class FusionEncoder(nn.Module):
         batch, length = tokens.shape[:2]
         leading = () if isinstance(positions, Tensor) and positions.ndim == 2 else (batch,)
         check_tensor("positions", positions, (*leading, length, self.d_model), tokens.device)
-        check_padding_mask("key_padding_mask", key_padding_mask, (batch, length), tokens.device)
+        _check_mask(key_padding_mask, (batch, length), tokens.device)
         if rows is not None and not 1 <= rows <= length:
             fail("rows", f"None, or 1 to {length}", rows)
         dtype = autocast_dtype(tokens)
@@ -128,6 +129,14 @@ class FusionEncoder(nn.Module):
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, dropout={self.dropout}, pre_norm={self.pre_norm}, recompute={self.recompute}"
+
+
+def _check_mask(mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> None:
+    if not isinstance(mask, Tensor) or not mask.is_floating_point():
+        return check_padding_mask("key_padding_mask", mask, shape, device)
+    check_tensor("key_padding_mask", mask, shape, device)
+    if mask.requires_grad:
+        fail("key_padding_mask", "a mask that requires no gradient", "one that does")
 
 
 class _Layer(nn.Module):

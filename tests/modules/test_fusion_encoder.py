@@ -97,6 +97,12 @@ def test_output_and_gradients_are_the_long_forms(pre_norm, recompute, dropout, m
     torch.testing.assert_close(*both(encoder, given(batched=batched), padding() if masked else None, rows), **EXACT)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_floating_mask_is_added_to_the_scores(recompute):
+    encoder = make(recompute=recompute)
+    torch.testing.assert_close(*both(encoder, given(), torch.randn(B, T, dtype=torch.float64)), **EXACT)
+
+
 @pytest.mark.parametrize("pre_norm", [False, True])
 def test_state_dicts_are_those_of_torchs_encoder(pre_norm):
     ours = make(pre_norm=pre_norm).eval()
@@ -224,7 +230,9 @@ def call(change: Callable[[dict], object]) -> Callable[[], object]:
         (call(lambda a: a.update(tokens=torch.zeros(B, T, D).double())), "tokens: expected torch.float32, got torch.float64"),
         (call(lambda a: a.update(positions=torch.zeros(6, D))), r"positions: expected shape \(7, 16\)"),
         (call(lambda a: a.update(positions=torch.zeros(1, T, D))), r"positions: expected shape \(3, 7, 16\)"),
-        (call(lambda a: a.update(key_padding_mask=torch.zeros(B, T))), "key_padding_mask: expected None or a bool tensor"),
+        (call(lambda a: a.update(key_padding_mask=torch.zeros(B, T).int())), "key_padding_mask: expected None or a bool tensor"),
+        (call(lambda a: a.update(key_padding_mask=torch.zeros(B, T + 1))), "key_padding_mask: expected shape"),
+        (call(lambda a: a.update(key_padding_mask=torch.zeros(B, T).requires_grad_())), "key_padding_mask: .* no gradient"),
         (call(lambda a: a.update(rows=8)), "rows: expected None, or 1 to 7, got 8"),
         (call(lambda a: a.update(rows=0)), "rows: expected None, or 1 to 7, got 0"),
     ],
