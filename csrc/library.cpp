@@ -8,4 +8,10 @@ STABLE_TORCH_LIBRARY(fastadapt_native, m) {
   m.def(
       "lora_linear_backward(Tensor?[] saved, Tensor?[] grads, bool[] needs, float[] scales, int threshold)"
       " -> Tensor[]");
+  m.def(
+      "side_fusion(Tensor?[] tensors, int base_count, int[] activations, float[] scales, float[] norm_eps,"
+      " float[] out_norm_eps) -> Tensor[]");
+  m.def(
+      "side_fusion_backward(Tensor?[] saved, Tensor?[] grads, bool[] needs, int base_count, int[] activations,"
+      " float[] scales, float[] norm_eps, float[] out_norm_eps) -> Tensor[]");
 }

@@ -11,19 +11,16 @@
 // The products are ATen's, so results equal the reference's bit for bit.  They are called through the C functions that
 // AOTInductor's models use: those take alpha and beta, which the stable dispatcher call cannot pass, and cost the host
 // a fraction of it.
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <cstring>
-#include <functional>
-#include <numeric>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "arguments.h"
 #include "dropout.h"
 #include "matrix.h"
 
@@ -31,18 +28,10 @@ namespace fastadapt {
 namespace {
 
 using torch::stable::Tensor;
-using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
-using OptionalTensors = std::vector<std::optional<Tensor>>;
 
 constexpr size_t kHead = 2;  // tensors before the members' own: x and seed
 constexpr size_t kEach = 4;  // tensors of a member: weight, bias, lora_a, lora_b
 constexpr int64_t kAnySize = -1;
-
-std::string shape_text(const Tensor& tensor) {
-  std::string text;
-  for (int64_t d = 0; d < tensor.dim(); ++d) text += (d ? ", " : "") + std::to_string(tensor.size(d));
-  return "(" + text + ")";
-}
 
 const Tensor& given(const std::optional<Tensor>& tensor, const char* name, size_t member) {
   STD_TORCH_CHECK(tensor.has_value(), name, " of member ", member, ": expected a tensor, got None");
@@ -78,44 +67,6 @@ struct Member {
 
 Tensor cast(const Tensor& tensor, const Tensor& like) {
   return dtype_of(tensor) == dtype_of(like) ? tensor : torch::stable::to(tensor, like.scalar_type());
-}
-
-// `tensor`'s memory under other sizes and strides.
-Tensor reinterpret(const Tensor& tensor, Sizes sizes, Sizes strides) {
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch__reinterpret_tensor(tensor.get(), sizes.size(), sizes.data(), strides.data(), 0, &handle));
-  return Tensor(handle);
-}
-
-Tensor transposed(const Tensor& matrix) {
-  return reinterpret(matrix, {matrix.size(1), matrix.size(0)}, {matrix.stride(1), matrix.stride(0)});
-}
-
-// `tensor` as (rows, width), a view wherever its strides allow one.
-Tensor flat_rows(const Tensor& tensor) {
-  const Sizes sizes = tensor.sizes();
-  if (sizes.size() == 2) return tensor;
-  const int64_t width = sizes.back();
-  const int64_t rows = std::accumulate(sizes.begin(), sizes.end() - 1, int64_t{1}, std::multiplies<>());
-  return tensor.is_contiguous() ? reinterpret(tensor, {rows, width}, {width, 1})
-                                : torch::stable::reshape(tensor, {rows, width});
-}
-
-// A contiguous (rows, width) with the leading dimensions of `like`.
-Tensor unflat_rows(const Tensor& matrix, const Tensor& like) {
-  if (like.dim() == 2) return matrix;
-  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end()), strides(sizes.size(), 1);
-  sizes.back() = matrix.size(1);
-  for (size_t d = sizes.size() - 1; d > 0; --d) strides[d - 1] = strides[d] * std::max<int64_t>(1, sizes[d]);
-  return reinterpret(matrix, sizes, strides);
-}
-
-// out = beta * self + alpha * left right, where self may be out.
-void addmm_out(
-    const Tensor& out, const Tensor& self, const Tensor& left, const Tensor& right, double beta, double alpha) {
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_addmm_out(out.get(), self.get(), left.get(), right.get(), beta, alpha));
 }
 
 Tensor product(const Tensor& left, const Tensor& right) {
@@ -245,17 +196,6 @@ std::vector<Tensor> lora_linear_backward(
   }
   if (dx) wanted.insert(wanted.begin(), unflat_rows(*dx, *grads[0]));
   return wanted;
-}
-
-// The kernels see memory, not the lazy negation that a view such as a conjugate's imaginary part carries.
-OptionalTensors resolved(OptionalTensors tensors) {
-  for (auto& tensor : tensors) {
-    if (!tensor) continue;
-    StableIValue stack[] = {torch::stable::detail::from(*tensor)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::resolve_neg", "", stack, TORCH_ABI_VERSION));
-    tensor = torch::stable::detail::to<Tensor>(stack[0]);
-  }
-  return tensors;
 }
 
 std::vector<Tensor> lora_linear_negative(
