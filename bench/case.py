@@ -35,6 +35,7 @@ CUDNN_ARMS = {  # either of the two layouts under other settings of torch.backen
 COMPILED = "torch.compile"
 ADDMM = "addmm-style"
 FASTADAPT = "fastadapt"
+GRAPHED = "fastadapt, graph_step"  # the same as one CUDA graph
 AGAIN = "fastadapt again"  # the same arm sampled twice: the noise floor
 
 

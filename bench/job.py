@@ -26,7 +26,8 @@ from bench.run import SEED, Session, Tick
 from bench.summary import operation
 from bench.terminal import Bar
 
-COUNTED = (("bfloat16", 32), ("bfloat16", 32, "gelu"))  # the cases whose bytes and launches are counted, on any machine
+# the cases whose bytes and launches are counted, on any machine
+COUNTED = (("bfloat16", 32), ("bfloat16", 32, "gelu"), ("float32 under bfloat16 autocast", 32))
 SECONDS = {"cpu": 60.0, "cuda": 5.0}  # of timing for each phase and clock of a training step
 OPERATION_SECONDS = {"cpu": 2.0, "cuda": 0.7}
 FIRST_ALONE = "on a CPU an operation's first case alone is compiled, which takes longer than all else"

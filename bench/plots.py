@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.case import (
-    ADDMM, AGAIN, CHANNELS_LAST, COMPILED, CUDNN_ARMS, EAGER, FASTADAPT, FROZEN, ONE_BY_ONE, PEFT, RELEASED, SDPA, STACKED, XFORMERS
+    ADDMM, AGAIN, CHANNELS_LAST, COMPILED, CUDNN_ARMS, EAGER, FASTADAPT, FROZEN, GRAPHED, ONE_BY_ONE, PEFT, RELEASED, SDPA,
+    STACKED, XFORMERS,
 )  # fmt: skip
 from bench.summary import Group, operation
 
@@ -29,6 +30,7 @@ COLOURS = {  # told apart without colour vision, and in grey
     ADDMM: "#e69f00",
     ONE_BY_ONE: "#f0e442",  # XFORMERS's place
     FASTADAPT: "#0072b2",
+    GRAPHED: "#009e73",  # SDPA's place, in cases that are whole models
     AGAIN: "#56b4e9",
 }
 STYLE = {

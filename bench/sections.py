@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench import plots
-from bench.case import AGAIN, COMPILED, FASTADAPT, FROZEN, PEFT
+from bench.case import AGAIN, COMPILED, FASTADAPT, FROZEN, GRAPHED, PEFT
 from bench.html import Cell, bullets, folded, heading, note, paragraph, table
 from bench.machine_code import static
 from bench.rows import Row
@@ -195,7 +195,7 @@ def _plot(found: Sequence[Group]) -> str:
 
 
 def _means(found: Sequence[Group]) -> str:
-    rivals = [arm for arm in ORDER if arm not in (FASTADAPT, AGAIN)]
+    rivals = [arm for arm in ORDER if arm not in (FASTADAPT, GRAPHED, AGAIN)]
     ratios = {arm: [against.value for group in found if (against := group.ratio(FASTADAPT, arm))] for arm in rivals}
     means = [
         f"{geometric_mean(values):.2f} of {arm}'s ({len(values)} cases)" for arm, values in ratios.items() if values

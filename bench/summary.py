@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.case import (
-    ADDMM, AGAIN, CHANNELS_LAST, COMPILED, CUDNN_ARMS, EAGER, FASTADAPT, FROZEN, ONE_BY_ONE, PEFT, RELEASED, SDPA, STACKED, XFORMERS
+    ADDMM, AGAIN, CHANNELS_LAST, COMPILED, CUDNN_ARMS, EAGER, FASTADAPT, FROZEN, GRAPHED, ONE_BY_ONE, PEFT, RELEASED, SDPA,
+    STACKED, XFORMERS,
 )  # fmt: skip
 from bench.rows import Row
 from bench.stats import Ratio, ratio
 
 ORDER = (
     FROZEN, PEFT, RELEASED, EAGER, SDPA, XFORMERS, CHANNELS_LAST, *CUDNN_ARMS, STACKED, COMPILED, ADDMM, ONE_BY_ONE, FASTADAPT,
-    AGAIN,
+    GRAPHED, AGAIN,
 )  # fmt: skip
 BASELINES = (PEFT, RELEASED, EAGER)  # the first of them that a case has is what ratios are given against
 COUNTS = (  # kind of row, value, what it is
@@ -104,7 +105,7 @@ def comparisons(rows: Sequence[Row]) -> list[Comparison]:
     for group in groups(rows):
         for rival in group.rows:
             against = group.ratio(FASTADAPT, rival)
-            if rival not in (FROZEN, FASTADAPT, AGAIN) and against is not None:
+            if rival not in (FROZEN, FASTADAPT, GRAPHED, AGAIN) and against is not None:
                 what = f"{group.phase}, {group.clock} clock"
                 found.append(Comparison(group.case, what, rival, against, against.sign(group.noise)))
     for kind, value, what in COUNTS:
@@ -120,7 +121,8 @@ def _counts(rows: Sequence[Row], value: str, what: str) -> list[Comparison]:
     ours = {row.case: row.values[value] for row in having if row.arm == FASTADAPT}
     found = []
     for row in having:
-        if row.arm not in (FROZEN, FASTADAPT, AGAIN) and row.case in ours:
+        # what keeps nothing for a backward is no unit
+        if row.arm not in (FROZEN, FASTADAPT, GRAPHED, AGAIN) and row.case in ours and row.values[value]:
             against = Ratio.exact(ours[row.case] / row.values[value])
             found.append(Comparison(row.case, what, row.arm, against, against.sign()))
     return found

@@ -22,6 +22,7 @@ inline std::string shape_text(const torch::stable::Tensor& tensor) {
 inline OptionalTensors resolved(OptionalTensors tensors) {
   for (auto& tensor : tensors) {
     if (!tensor) continue;
+    STD_TORCH_CHECK(tensor->is_cpu(), "a lazily negated tensor among those of another device than the CPU: resolve_neg() it");
     StableIValue stack[] = {torch::stable::detail::from(*tensor)};
     STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::resolve_neg", "", stack, TORCH_ABI_VERSION));
     tensor = torch::stable::detail::to<torch::stable::Tensor>(stack[0]);

@@ -10,9 +10,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <array>
 #include <optional>
-#include <string>
 #include <vector>
 
 #include "side_fusion_launch.cuh"
@@ -34,15 +32,13 @@ constexpr const char* kNames[kEach] = {
 
 // What an operator's arguments say of each adapter besides its tensors.
 struct Options {
-  const std::vector<std::string>& activations;
+  const std::vector<int64_t>& activations;
   const std::vector<double>&scales, &norm_eps, &out_norm_eps;
 };
 
-Activation activation_of(const std::string& name) {
-  constexpr std::array<const char*, 4> kActivations = {"identity", "relu", "gelu", "quick_gelu"};
-  const auto found = std::find(kActivations.begin(), kActivations.end(), name);
-  STD_TORCH_CHECK(found != kActivations.end(), "activations: expected identity, relu, gelu or quick_gelu, got ", name);
-  return static_cast<Activation>(found - kActivations.begin());
+Activation activation_of(int64_t code) {
+  STD_TORCH_CHECK(code >= kIdentity && code <= kQuickGelu, "activations: expected 0 to ", int{kQuickGelu}, ", got ", code);
+  return static_cast<Activation>(code);
 }
 
 // A call's tensors as the kernels read them: contiguous, 16 bytes dividing their addresses, on one device.
@@ -164,7 +160,7 @@ size_t adapter_count(const OptionalTensors& tensors, int64_t base_count, const O
 }
 
 std::vector<Tensor> side_fusion(
-    const OptionalTensors& tensors, int64_t base_count, const std::vector<std::string>& activations,
+    const OptionalTensors& tensors, int64_t base_count, const std::vector<int64_t>& activations,
     const std::vector<double>& scales, const std::vector<double>& norm_eps, const std::vector<double>& out_norm_eps) {
   const Options options{activations, scales, norm_eps, out_norm_eps};
   const size_t count = adapter_count(tensors, base_count, options);
@@ -196,7 +192,7 @@ std::vector<Tensor> side_fusion(
 
 std::vector<Tensor> side_fusion_backward(
     const OptionalTensors& saved, const OptionalTensors& grads, const std::vector<bool>& needs, int64_t base_count,
-    const std::vector<std::string>& activations, const std::vector<double>& scales, const std::vector<double>& norm_eps,
+    const std::vector<int64_t>& activations, const std::vector<double>& scales, const std::vector<double>& norm_eps,
     const std::vector<double>& out_norm_eps) {
   const Options options{activations, scales, norm_eps, out_norm_eps};
   const size_t count = adapter_count(saved, base_count, options);

@@ -8,8 +8,10 @@ from bench.case import Case
 from bench.cases import (
     bottleneck_adapter,
     clip_lora,
+    frozen_group,
     light_interaction,
     loca,
+    local_conv_adapter,
     local_dwconv,
     lora_linear,
     prior_attention,
@@ -23,10 +25,21 @@ OPERATIONS = {
     "prior_attention": prior_attention,
     "light_interaction": light_interaction,
     "local_dwconv": local_dwconv,
+    "local_conv_adapter": local_conv_adapter,
     "loca": loca,
     "side_fusion": side_fusion,
+    "frozen_group": frozen_group,
 }
-CLIP = {"cuda": (("bfloat16", 32), ("float32 under bfloat16 autocast", 32)), "cpu": (("float32", 4),)}
+# the settings of clip_lora; a CPU gets fewer images
+CLIP = {
+    "cuda": (
+        ("bfloat16", 32),
+        ("float32 under bfloat16 autocast", 32),
+        ("bfloat16", 32, "quick_gelu", 1370),
+        ("float32 under bfloat16 autocast", 32, "quick_gelu", 1370),
+    ),
+    "cpu": (("float32", 4),),
+}
 
 
 def operation_cases(device: str, operations: Iterable[str] = OPERATIONS) -> dict[str, Case]:

@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from fastadapt.prove import meta
+
 SEED = 0
 VIT, DINO = 32 * 197, 32 * 1370  # tokens of a batch of 32 images at 224 and 518 pixels
 REDUCED = 2 * 197  # rows that a CPU can measure in reasonable time
@@ -27,4 +29,6 @@ def sizes(precision: str) -> tuple[int, int]:
 
 def autocasting(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[object]:
     """Autocast to `dtype` on this device, or nothing where there is none."""
-    return torch.autocast(device.type, dtype) if dtype else nullcontext()
+    if dtype is None:
+        return nullcontext()
+    return meta.autocast(dtype) if device.type == "meta" else torch.autocast(device.type, dtype)

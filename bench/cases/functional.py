@@ -145,7 +145,8 @@ def _arm(inputs: Inputs, name: str) -> Arm:
     def backward(call: tuple[Tensors, Tensors]) -> tuple[Tensor, ...]:
         tensors, results = call
         leaves = [tensors[key] for key in trained]
-        return torch.autograd.grad([results[key] for key in own.grads], leaves, list(own.grads.values()))
+        # inference has nothing to go back to
+        return torch.autograd.grad([results[key] for key in own.grads], leaves, list(own.grads.values())) if leaves else ()
 
     def outputs(dropout: bool) -> Tensors:
         # compiled code allocates by itself, and would be compiled once more for poisoned memory

@@ -14,6 +14,8 @@ from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 
 from fastadapt import lora_linear
+from fastadapt.core.backend import autocast_dtype
+from fastadapt.core.casts import forget
 from fastadapt.core.checks import FLOATS
 from fastadapt.modules.frozen_parts import DROPOUTS, READERS, Member, why_not_dtypes, why_not_linear, why_not_plain
 
@@ -30,6 +32,14 @@ class FusedLinear(Linear):
             return super().forward(x, *args, **kwargs)
         weight, bias, lora_a, lora_b, scale, dropout_p = found
         return lora_linear(x, weight, bias, lora_a, lora_b, scale=scale, dropout_p=dropout_p)
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        super().merge(*args, **kwargs)
+        forget(self.base_layer.parameters())  # PEFT writes through .data, which no version counter sees
+
+    def unmerge(self) -> None:
+        super().unmerge()
+        forget(self.base_layer.parameters())
 
 
 class Operands(NamedTuple):
@@ -119,7 +129,10 @@ def member(layer: Linear, x: Tensor) -> Member | str:
     base = layer._modules["base_layer"]  # alone it is what the layer computes, merged or with adapters disabled
     if reason := _why_not_linear("base_layer", base) or why_not_dtypes(x, base._parameters["weight"]):
         return reason
-    return Member(base._parameters["weight"], base._parameters["bias"])
+    weight, bias = base._parameters["weight"], base._parameters["bias"]
+    if layer.merged and (dtype := autocast_dtype(x)) is not None:  # a kept cast may be older than the merging
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    return Member(weight, bias)
 
 
 READERS[Linear] = READERS[FusedLinear] = member
@@ -161,7 +174,7 @@ def _why_not_tensors(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor) 
         return f"x is {dtype}"
     if lora_b.dtype != adapter_dtype:
         return f"lora_A is {adapter_dtype}, lora_B {lora_b.dtype}"
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):  # torch has no autocast for meta tensors
+    if torch.is_autocast_enabled("cpu" if x.is_meta else x.device.type):  # for meta the CPU's, as in core.backend.autocast_dtype
         others = [d for d in (dtype, weight.dtype, adapter_dtype) if d not in _AUTOCAST_DTYPES]
         return f"{others[0]} under autocast" if others else None
     if weight.dtype != dtype:

@@ -203,7 +203,7 @@ def arguments_of(layer: nn.Module) -> dict[str, Any] | str:
     first, second, of_attention = (0.0 if p is None else float(getattr(at(layer, p[0]), p[1], 0.0)) for p in places)
     if first != second:
         return f"its branches are dropped with probabilities {first} and {second}"
-    given = {name: value for name, value in vars(parts).items() if name not in _DROPOUTS}
+    given = {name: value for name, value in parts._asdict().items() if name not in _DROPOUTS}
     return given | {"dropout": first, "attention_dropout": of_attention}
 
 

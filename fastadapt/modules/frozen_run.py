@@ -87,8 +87,8 @@ def _block(
     x = inputs.x
     norm1 = _norm(parts.norm1)
     qkv = _queries_keys_values(tensors.attention, seeds, inputs, norm1 if parts.pre_norm else {})
-    heads = (t.unflatten(-1, (parts.heads, -1)).transpose(1, 2) for t in qkv)
-    attended = attention(*heads).transpose(1, 2).flatten(2)
+    shape = (*x.shape[:2], parts.heads, qkv[0].shape[-1] // parts.heads)
+    attended = attention(*[t.view(shape).transpose(1, 2) for t in qkv]).transpose(1, 2).flatten(2)
     (branch,) = _linears(attended, (tensors.out,), seeds["out"]).outputs
     norm = _norm(parts.norm2) if parts.pre_norm else norm1
     normed = not parts.pre_norm or adapters.parallel is not None
@@ -122,7 +122,7 @@ def _queries_keys_values(
 
 def _linears(x: Tensor, members: Sequence[Member], seed: Tensor | None, **around: Any) -> Any:
     weights, biases, lora_as, lora_bs, scales, dropouts = zip(*members)
-    dropout_p = max([0.0, *[p for p, lora_a in zip(dropouts, lora_as) if lora_a is not None]])
+    dropout_p = max([p for p, lora_a in zip(dropouts, lora_as) if lora_a is not None], default=0.0)
     return frozen_group(x, weights, biases, lora_as, lora_bs, scales=scales, dropout_p=dropout_p, seed=seed, **around)
 
 

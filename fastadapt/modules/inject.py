@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastadapt import lora_linear_path
 from fastadapt.core.backend import BackendError, autocast_dtype, why_not_triton
+from fastadapt.core.casts import forget
 from fastadapt.modules.lora import LoraLinear
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -93,7 +94,8 @@ def fuse(model: Model) -> Model:
 
     Args:
         model: any module that contains PEFT LoRA layers or transformer layers of these families.  Fusing again is
-            harmless, and picks up layers added since.
+            harmless, picks up layers added since, and casts frozen weights anew: under autocast a block casts them once,
+            and sees every later change but one written through `.data`.
 
     Returns:
         The same model.
@@ -108,9 +110,10 @@ def fuse(model: Model) -> Model:
     layers, blocks = _peft_layers(model), _blocks(model)
     if not layers and not blocks:
         raise ValueError(
-            "model: expected a model with PEFT LoRA layers, as peft.get_peft_model makes, "
-            f"got a {type(model).__name__} without any"
+            "model: expected a model with PEFT LoRA layers, as peft.get_peft_model makes, or with encoder layers of "
+            f"transformers' CLIP, SigLIP, ViT, DINOv2, BERT or DETR, got a {type(model).__name__} with neither"
         )
+    forget(model.parameters())
     for block in blocks.values():
         from fastadapt.integrations import transformers
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from fastadapt.core.backend import autocast_dtype
 from fastadapt.core.checks import check_tensor
 from fastadapt.modules.convolution import ConvNormReLU
 
@@ -33,6 +37,8 @@ class Projector(nn.Module):
     sample is left.  In 16 bits W^T w_k and z are rounded, where the two convolutions round conv1x1(x); the nine taps are summed
     in float32.
 
+    For the backward neither enlarged map is kept, but what it was enlarged from: up is run again there.
+
     Args:
         sentence_dim: width of the sentence.  1024 for ResNet-50, else 512.
         in_channels: of vision.
@@ -51,8 +57,10 @@ class Projector(nn.Module):
         super().__init__()
         self.sentence_dim, self.in_channels, self.width = sentence_dim, in_channels, width
         like = {"device": device, "dtype": dtype}
-        self.conv1 = ConvNormReLU(nn.Conv2d(in_channels, in_channels, 3, padding=1, bias=False, **like))
-        self.conv2 = ConvNormReLU(nn.Conv2d(in_channels, width, 3, padding=1, bias=False, **like))
+        self.conv1, self.conv2 = (
+            _UpConvNormReLU(nn.Conv2d(in_channels, channels, 3, padding=1, bias=False, **like))
+            for channels in (in_channels, width)
+        )
         self.pointwise = nn.Conv2d(width, width, 1, **like)
         self.kernel = nn.Linear(sentence_dim, width * TAPS + 1, **like)
 
@@ -71,7 +79,7 @@ class Projector(nn.Module):
         """
         check_tensor("vision", vision, (None, self.in_channels, None, None), vision.device)
         check_tensor("sentence", sentence, (vision.shape[0], self.sentence_dim), vision.device)
-        x = self.conv2(_up(self.conv1(_up(vision))))
+        x = self.conv2(self.conv1(vision))
         kernel, shift = self.kernel(sentence).split([self.width * TAPS, 1], dim=1)
         y = self._convolve(x, kernel) + shift[:, :, None, None]
         return y.to(kernel.dtype)
@@ -86,6 +94,40 @@ class Projector(nn.Module):
         # the CPU's fold sums in the dtype of z
         wide = torch.promote_types(z.dtype, torch.float32)
         return F.fold(z.to(wide), x.shape[2:], KERNEL, padding=KERNEL // 2)
+
+
+class _UpConvNormReLU(ConvNormReLU):
+    """relu(norm(conv3x3(up(x)))).  torch.compile decides by itself what to keep, and a folded convolution is for inference."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        convolution, norm, relu = self
+        if torch.compiler.is_compiling() or convolution.bias is not None:
+            return relu(norm(convolution(_up(x))))
+        dtype = autocast_dtype(x) or convolution.weight.dtype
+        return relu(norm(_UpConv.apply(x.to(dtype), convolution.weight.to(dtype))))
+
+
+class _UpConv(torch.autograd.Function):
+    """conv3x3(up(x)), padded with zeros, of which x and the weight are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(_up(x), weight, padding=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        for_x, for_weight = ctx.needs_input_grad
+        enlarged = _up(x)
+        for_enlarged, for_weight, _ = torch.ops.aten.convolution_backward(
+            grad, enlarged, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [for_x, for_weight, False]
+        )
+        if not for_x:
+            return None, for_weight
+        sizes = enlarged.shape[2:], x.shape
+        return torch.ops.aten.upsample_bilinear2d_backward(for_enlarged, *sizes, False, 2.0, 2.0), for_weight
 
 
 def _up(x: Tensor) -> Tensor:

@@ -14,14 +14,16 @@ from torch import Tensor
 
 from bench import job
 from bench.case import (
-    COMPILED, CUDNN_ARMS, EAGER, FASTADAPT, ONE_BY_ONE, RELEASED, SDPA, STACKED, XFORMERS, Arm, Unavailable
+    CHANNELS_LAST, COMPILED, CUDNN_ARMS, EAGER, FASTADAPT, ONE_BY_ONE, RELEASED, SDPA, STACKED, XFORMERS, Arm, Unavailable
 )  # fmt: skip
 from bench.cases import (
     OPERATIONS,
     bottleneck_adapter,
+    frozen_group,
     functional,
     light_interaction,
     loca,
+    local_conv_adapter,
     local_dwconv,
     lora_linear,
     operation_cases,
@@ -31,6 +33,7 @@ from bench.cases import (
 from bench.clocks import ROTATION
 from bench.rows import Recorder, read
 from bench.run import Session
+from bench.summary import comparisons
 
 CPU = torch.device("cpu")
 ADAPTER = partial(bottleneck_adapter.Shape, rows=40, width=24, hidden=8)
@@ -47,7 +50,10 @@ SMALL = [
     (bottleneck_adapter, ADAPTER(norm=True, scale=0.1, residual=True, precision="autocast")),
     (light_interaction, INTERACTION(precision="autocast")),
     (local_dwconv, local_dwconv.Shape(2, 5, 16, precision="fp32")),
+    (local_conv_adapter, local_conv_adapter.Shape(2, 5, 24, 8, precision="fp32")),
     (loca, loca.Shape(2, 5, precision="fp32")),
+    (frozen_group, frozen_group.Shape(40, width=24, outputs=16, r=4, precision="fp32")),
+    (frozen_group, frozen_group.Shape(40, "quick_gelu", width=32, outputs=16, members=1, r=4, precision="autocast")),
     (side_fusion, side_fusion.Shape("vision", 2, 5, layers=2, precision="fp32")),
     (side_fusion, side_fusion.Shape("text", 2, 3, layers=1, precision="fp32")),
 ]
@@ -197,6 +203,17 @@ def test_interaction_work_by_hand() -> None:
     assert backward.bytes_min == 2 * (3 * 5 * 4) + 4 * 2 * parameters
 
 
+@pytest.mark.parametrize(("prologue", "affine"), [("layer_norm", 2 * 3), ("gelu", 0)])
+def test_group_work_by_hand(prologue: str, affine: int) -> None:
+    """Two members of rank 1: x (2, 3), W (5, 3), b (5,), A (1, 3), B (5, 1); LayerNorm's affine (3,) each."""
+    shape = frozen_group.Shape(2, prologue, width=3, outputs=5, members=2, r=1, precision="fp32")
+    forward, backward = frozen_group.forward_work(shape), frozen_group.backward_work(shape)
+    linear, low = 2 * (2 * 2 * 3 * 5), 2 * (2 * 2 * 1 * (3 + 5))
+    assert (forward.flops, backward.flops) == (linear + low, linear + 2 * low)
+    assert forward.bytes_min == 4 * (2 * 3 + 2 * 2 * 5 + 2 * (15 + 5) + affine + 2 * (3 + 5))
+    assert backward.bytes_min == 4 * (2 * 2 * 3 + 2 * 2 * 5 + 2 * 15 + affine + 2 * 2 * (3 + 5))
+
+
 @pytest.mark.parametrize(("tower", "width", "own", "frozen"), [("vision", 256, 0, 0), ("text", 768, 512, 4 * 768)])
 def test_tower_work_by_hand(tower: str, width: int, own: int, frozen: int) -> None:
     """Two adapters over 6 tokens, each a tap wide, and two bases."""
@@ -230,6 +247,33 @@ def test_an_adapter_is_one_launch_forward_and_two_backward(tmp_path: Path) -> No
     assert found[FASTADAPT][:3] == (1, 2, x + z + statistics)
     assert found[EAGER][0] == 6  # LayerNorm, two products, the activation, the scale, the sum
     assert found[EAGER][2] == 2 * x + z + statistics
+
+
+def test_a_local_adapter_in_inference_is_two_launches_and_keeps_nothing(tmp_path: Path) -> None:
+    """Its parts: two products, the convolution, the activation, and scale and residual; eager has both layouts too."""
+    found = counted(local_conv_adapter.case(local_conv_adapter.Shape(32, 37)), tmp_path)
+    assert {arm: row[:3] for arm, row in found.items()} == {
+        FASTADAPT: (2, 0, 0), ONE_BY_ONE: (5, 0, 0), CHANNELS_LAST: (6, 0, 0), EAGER: (7, 0, 0)
+    }  # fmt: skip
+    assert found[FASTADAPT][3] == {"prepare_kernel": 1, "adapter_kernel": 1}
+    assert {comparison.what for comparison in comparisons(read(tmp_path / "rows.jsonl"))} == {"kernel launches"}
+
+
+def test_local_adapter_work_by_hand() -> None:
+    """5 tokens of width 3, of which 4 are a grid; hidden 7."""
+    work = local_conv_adapter.forward_work(local_conv_adapter.Shape(1, 2, 3, 7, precision="autocast"))
+    assert work.flops == 2 * (2 * 5 * 3 * 7) + 2 * 9 * 4 * 7
+    assert work.bytes_min == 2 * (3 * 5 * 3) + 4 * (2 * 3 * 7 + 7 + 9 * 7 + 7 + 3)
+
+
+def test_a_group_keeps_its_input_and_the_low_rank_products(tmp_path: Path) -> None:
+    rows, width, r = 4096, 768, 16
+    found = counted(frozen_group.case(frozen_group.Shape(rows)), tmp_path)
+    assert found[FASTADAPT][0] == 2 and found[FASTADAPT][1] <= 5
+    x, products, statistics = 2 * rows * width, 3 * 2 * rows * r, 4 * 2 * rows
+    assert found[FASTADAPT][2] == x + products
+    assert found[ONE_BY_ONE][2] == 2 * x + statistics + products  # n, too
+    assert found[EAGER][0] == 1 + 3 * 5
 
 
 def test_attention_keeps_its_inputs_alone(tmp_path: Path) -> None:

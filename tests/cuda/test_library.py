@@ -102,3 +102,18 @@ def test_it_is_loaded_whether_or_not_torch_has_cuda() -> None:
     assert native.status().cuda
     for name in ("side_fusion", "side_fusion_backward"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastadapt_native::{name}", "CUDA")
+
+
+def test_the_operators_take_the_arguments_of_their_schema() -> None:
+    """Sent to the CUDA kernels by hand: the message, of a list that is too long, comes from behind the conversion of them all."""
+    assert native.status().cuda
+    kernels = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    tensors = [torch.randn(3, 8), torch.randn(8, 8), *[None] * 9]
+    options = 0, [1, 1], [1.0], [1e-5], [1e-5]
+    operators = torch.ops.fastadapt_native
+    for operator, lists in (
+        (operators.side_fusion, (tensors,)),
+        (operators.side_fusion_backward, (tensors, [torch.randn(3, 8)], [False] * 11)),
+    ):
+        with pytest.raises(RuntimeError, match="lists of 1 adapters and 0 bases expected"):
+            operator.default.redispatch(kernels, *lists, *options)

@@ -19,6 +19,7 @@ from bench.cases import clip_lora
 from bench.counters import counting
 from bench.memory import saved_bytes
 from bench.meta import as_on_cuda
+from fastadapt.core.casts import frozen_cast
 from fastadapt.integrations.transformers import fuse_layer
 
 BATCH, TOKENS, WIDTH, HIDDEN, HEADS, RANK = 32, 197, 768, 3072, 12, 16
@@ -133,3 +134,23 @@ def test_a_training_step_launches_a_third_of_what_pefts_does():
     print(found)
     assert found[PEFT] == 1277
     assert found[FASTADAPT] <= found[PEFT] / 3
+
+
+def test_a_training_step_under_autocast():
+    """The same with float32 weights under bfloat16 autocast: launches, and kept bytes without a copy of any frozen weight."""
+    kept = {}
+    for precision in ("bfloat16", "float32 under bfloat16 autocast"):
+        case = clip_lora.case(precision, 32)
+        inputs = case.make_inputs(torch.device("meta"))
+        arms = {name: case.arms[name](inputs) for name in (PEFT, FASTADAPT)}
+        for name, arm in arms.items():
+            with as_on_cuda():
+                arm.forward(0)
+                frozen = [frozen_cast(t, torch.bfloat16) for t in arm.constants if not t.requires_grad]
+                kept[name, precision] = saved_bytes(lambda arm=arm: arm.forward(0), [*arm.constants, *frozen])
+    print({" ".join(key): size / STREAM for key, size in kept.items()})
+    found = {name: launches(lambda arm=arm: arm.backward(arm.forward(0))) for name, arm in arms.items()}
+    print(found)
+    assert found[FASTADAPT] <= found[PEFT] / 3
+    narrow, wide = (kept[FASTADAPT, precision] for precision in ("bfloat16", "float32 under bfloat16 autocast"))
+    assert wide <= 1.03 * narrow and 2.5 * wide <= kept[PEFT, "float32 under bfloat16 autocast"]

@@ -21,6 +21,7 @@ from fastadapt.core.philox import draw_seed, threshold
 from fastadapt.kernels.frozen_group import config, reference
 from fastadapt.kernels.frozen_group.reference import PROLOGUES, Branch, Prologue
 from fastadapt.kernels.lora_linear.op import operation as lora_linear
+from fastadapt.kernels.lora_linear.op import run as lora_linears
 
 
 class Group(NamedTuple):
@@ -95,17 +96,19 @@ def frozen_group(
         x = x.to(compute_dtype)
         branch = None if branch is None else branch.to(compute_dtype)
         weights, biases = ([frozen_cast(tensor, compute_dtype) for tensor in each] for each in (weights, biases))
-    members = list(_members(weights, biases, lora_as, lora_bs, scales))
+    members = _members(weights, biases, lora_as, lora_bs, scales)
     _check_members(x, members, scales, compute_dtype is not None)
     _check_around(x, prologue, norm_weight, norm_bias, norm_eps, branch, branch_scale, return_normed, compute_dtype is not None)
-    dropout_p, seed = _dropout("dropout_p", dropout_p, seed, x, any(member[2] is not None for member in members))
+    bare = [member[2] is None for member in members]  # without LoRA
+    dropout_p, seed = _dropout("dropout_p", dropout_p, seed, x, False in bare)
     branch_p, branch_seed = _dropout("branch_dropout_p", branch_dropout_p, branch_seed, x, branch is not None)
-    reasons = _why_not_triton(prologue, x.shape[-1])
-    chosen = choose("frozen_group", backend, x, BACKENDS, reasons)
-    flat = [tensor for member in members for tensor in member]
+    chosen = choose("frozen_group", backend, x, BACKENDS, _why_not_triton(prologue, x.shape[-1]))
+    flat, numbers = [tensor for member in members for tensor in member], [*map(float, scales)]
+    if members and prologue == "identity" and branch is None and True not in bare:  # the linears alone
+        return Group(None, None, tuple(lora_linears((x, seed, *flat), numbers, dropout_p, chosen)))
     outputs = _operations[prologue == "identity"](
         (x, branch, branch_scale, branch_seed, norm_weight, norm_bias, seed, *flat),
-        prologue, float(norm_eps), [float(scale) for scale in scales], dropout_p, branch_p, return_normed, chosen,
+        prologue, float(norm_eps), numbers, dropout_p, branch_p, return_normed, chosen,
     )  # fmt: skip
     emitted = (branch is not None) + return_normed
     total = outputs[0] if branch is not None else None
@@ -118,10 +121,11 @@ EACH = 4  # tensors of a member: weight (N, K), bias (N,) or None, lora_a (r, K)
 
 
 def _members(*sequences: Sequence[Any]) -> list[tuple]:
-    names = ("weights", "biases", "lora_as", "lora_bs", "scales")
-    for name, sequence in zip(names, sequences):
-        if len(sequence) != len(sequences[0]):
-            fail(name, f"{len(sequences[0])} entries, one a member", len(sequence))
+    count = len(sequences[0])
+    if [*map(len, sequences)] != [count] * len(sequences):
+        for name, sequence in zip(("weights", "biases", "lora_as", "lora_bs", "scales"), sequences):
+            if len(sequence) != count:
+                fail(name, f"{count} entries, one a member", len(sequence))
     return list(zip(*sequences[:EACH]))
 
 
@@ -187,17 +191,21 @@ def _check_around(
     if return_normed and prologue == "identity":
         fail("return_normed", "False where P is the identity: n is s", return_normed)
     check_number("norm_eps", norm_eps)
-    own = (x.dtype, torch.float32) if x.dtype.itemsize == 2 else (x.dtype,)
-    frozen = {"norm_weight": norm_weight, "norm_bias": norm_bias, "branch_scale": branch_scale}
-    for name, tensor in frozen.items():
-        if tensor is not None:
-            check_tensor(name, tensor, (x.shape[-1],), x.device)
-            _check_frozen(name, tensor)
-            if not autocast:
-                check_dtype(name, tensor, own)
-    if branch is not None:
+    for name, tensor in (("norm_weight", norm_weight), ("norm_bias", norm_bias), ("branch_scale", branch_scale)):
+        if tensor is None or (_same(tensor, x, x.shape[-1:]) and not tensor.requires_grad):
+            continue
+        check_tensor(name, tensor, (x.shape[-1],), x.device)
+        _check_frozen(name, tensor)
+        if not autocast:
+            check_dtype(name, tensor, (x.dtype, torch.float32) if x.dtype.itemsize == 2 else (x.dtype,))
+    if branch is not None and not _same(branch, x, x.shape):
         check_tensor("branch", branch, tuple(x.shape), x.device)
         check_dtype("branch", branch, (x.dtype,))
+
+
+def _same(tensor: Tensor, x: Tensor, shape: torch.Size) -> bool:
+    """Whether it is a tensor of this shape like x, which costs the host less than `check_tensor`."""
+    return isinstance(tensor, Tensor) and tensor.dtype is x.dtype and tensor.shape == shape and tensor.device == x.device
 
 
 def _check_frozen(name: str, tensor: Tensor) -> None:
@@ -210,13 +218,18 @@ def _dropout(name: str, p: float, seed: Tensor | None, x: Tensor, used: bool) ->
     check_probability(name, p)
     if not used or threshold(p) == 0:
         return 0.0, None
-    return float(p), draw_seed(x.device) if seed is None else seed
+    if seed is None:
+        return float(p), draw_seed(x.device)
+    if not isinstance(seed, Tensor) or seed.dtype is not torch.int64 or seed.shape != (1,) or seed.device != x.device:
+        got = f"{seed.dtype} {tuple(seed.shape)} on {seed.device}" if isinstance(seed, Tensor) else type(seed).__name__
+        fail(name.replace("dropout_p", "seed"), f"None or an int64 tensor of shape (1,) on {x.device}", got)
+    return float(p), seed
 
 
-def _why_not_triton(prologue: str, width: int) -> list[str]:
+def _why_not_triton(prologue: str, width: int) -> Sequence[str]:
     if prologue == "layer_norm" and width > config.WIDEST:
         return [f"LayerNorm of {width} columns, at most {config.WIDEST} fit one program"]
-    return []
+    return ()
 
 
 @lru_cache(maxsize=None)
@@ -276,13 +289,9 @@ def _saver(linear: bool) -> Any:
     return save
 
 
-def _split_saved(saved: Tensors) -> tuple[Tensors, list[tuple], list[int], Tensors]:
-    """The flat list, its members, the numbers of those with LoRA, and their products, of what was kept."""
-    adapted = 0
-    end = HEAD
-    while len(saved) - end > adapted:  # the products come last, one for each member with LoRA
-        adapted += saved[end + 2] is not None
-        end += EACH
+def _split_saved(saved: Tensors, count: int) -> tuple[Tensors, list[tuple], list[int], Tensors]:
+    """The flat list, its `count` members, the numbers of those with LoRA, and their products, of what was kept."""
+    end = HEAD + EACH * count
     return saved[:end], *_split(saved[:end]), saved[end:]
 
 
@@ -291,12 +300,12 @@ def _backward(
     branch_p: float, return_normed: bool, backend: str,
 ) -> list[Tensor]:  # fmt: skip
     """The gradients of x, branch and the LoRA factors that `needs` marks."""
-    if all(grad is None for grad in grads):
+    like = next((grad for grad in grads if grad is not None), None)
+    if like is None:
         return [None for need in needs if need]
-    flat, members, adapted, products = _split_saved(saved)
+    flat, members, adapted, products = _split_saved(saved, len(scales))
     _, _, branch_scale, branch_seed, norm_weight, norm_bias, seed = flat[:HEAD]
-    like = next(grad for grad in grads if grad is not None)
-    s, *grads = (_rows(tensor) for tensor in (flat[0], *grads))
+    s, *grads = [_rows(tensor) for tensor in (flat[0], *grads)]
     emitted = len(grads) - len(members) - len(adapted)
     ds = grads[0] if emitted > return_normed else None
     dns = [grads[emitted - 1]] if return_normed and grads[emitted - 1] is not None else []
@@ -350,8 +359,10 @@ def _forward_fake(
     return emitted + outputs + [x.new_empty(x.shape[:-1].numel(), members[g][2].shape[0]) for g in adapted]
 
 
-def _backward_fake(saved: Tensors, grads: Tensors, needs: Sequence[bool], *options: Any) -> list[Tensor]:
-    flat, members, adapted, _ = _split_saved(saved)
+def _backward_fake(
+    saved: Tensors, grads: Tensors, needs: Sequence[bool], kind: str, eps: float, scales: Sequence[float], *options: Any
+) -> list[Tensor]:
+    flat, members, _, _ = _split_saved(saved, len(scales))
     like = next(grad for grad in grads if grad is not None)
     width = members[0][0].shape[1] if members else like.shape[-1]
     stream = [like.new_empty(*like.shape[:-1], width) for need in needs[:2] if need]

@@ -144,12 +144,14 @@ def _apply(
         x = x.to(compute_dtype)
     chosen = choose("lora_linear", backend, x)
     seed, probability = (draw_seed(x.device), float(dropout_p)) if training and threshold(dropout_p) else (None, 0.0)
-    tensors, numbers = (x, seed, *flat), [float(scale) for scale in scales]
-    if chosen == "native" and native.differentiable() and not torch.compiler.is_compiling():
-        outputs = native_kernel.apply(tensors, numbers, probability)
-    else:
-        outputs = operation(tensors, numbers, probability, chosen)
-    return outputs[: len(numbers)]
+    return run((x, seed, *flat), [float(scale) for scale in scales], probability, chosen)
+
+
+def run(tensors: Tensors, scales: Sequence[float], dropout_p: float, backend: str) -> Sequence[Tensor]:
+    """The outputs of checked arguments, differentiable in the way that costs the host least."""
+    if backend == "native" and native.differentiable() and not torch.compiler.is_compiling():
+        return native_kernel.apply(tensors, scales, dropout_p)[: len(scales)]
+    return operation(tensors, scales, dropout_p, backend)[: len(scales)]
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float) -> bool:

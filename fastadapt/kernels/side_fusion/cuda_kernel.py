@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fastadapt.kernels.side_fusion import native_kernel
 from fastadapt.kernels.side_fusion.reference import EACH, Operands
 
 # csrc/side_fusion_device.cuh's kMaxAdapters, kMaxBases, kMaxWidth and kHidden
@@ -42,29 +43,18 @@ def _reasons(tensors: Sequence[Tensor | None], base_count: int) -> Iterator[str]
             yield "the taps have 2^31 rows or more"
 
 
-def forward(
-    tensors: Sequence[Tensor | None],
-    base_count: int,
-    activations: Sequence[str],
-    scales: Sequence[float],
-    norm_eps: Sequence[float],
-    out_norm_eps: Sequence[float],
-) -> list[Tensor]:
+def forward(tensors: Sequence[Tensor | None], *options: Sequence | int) -> list[Tensor]:
     """`reference.forward`, in two launches."""
-    return torch.ops.fastadapt_native.side_fusion(tensors, base_count, activations, scales, norm_eps, out_norm_eps)
+    return native_kernel.forward(_resolved(tensors), *options)
 
 
 def backward(
-    saved: Sequence[Tensor | None],
-    grads: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    base_count: int,
-    activations: Sequence[str],
-    scales: Sequence[float],
-    norm_eps: Sequence[float],
-    out_norm_eps: Sequence[float],
+    saved: Sequence[Tensor | None], grads: Sequence[Tensor | None], needs: Sequence[bool], *options: Sequence | int
 ) -> list[Tensor]:
     """`reference.backward`, in four launches."""
-    return torch.ops.fastadapt_native.side_fusion_backward(
-        saved, grads, needs, base_count, activations, scales, norm_eps, out_norm_eps
-    )
+    return native_kernel.backward(_resolved(saved), _resolved(grads), needs, *options)
+
+
+def _resolved(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The kernels see memory, not a lazy negation."""
+    return [tensor.resolve_neg() if tensor is not None else None for tensor in tensors]

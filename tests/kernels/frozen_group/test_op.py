@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from bench.memory import saved_bytes
 from bench.meta import as_on_cuda
 from fastadapt.core.backend import BackendError
-from fastadapt.core.casts import frozen_cast
+from fastadapt.core.casts import forget, frozen_cast
 from fastadapt.core.launch import recording
 from fastadapt.kernels.frozen_group.op import frozen_group
 from tests.kernels.frozen_group.calls import BACKENDS, Call, composed, flat, fused, make, results
@@ -173,6 +173,13 @@ def test_casts_of_frozen_tensors():
     assert frozen_cast(tensor, torch.bfloat16) is first and frozen_cast(tensor, torch.float32) is tensor
     assert frozen_cast(tensor, torch.float16) is not first and frozen_cast(tensor, torch.bfloat16) is first
     tensor.zero_()
+    assert not frozen_cast(tensor, torch.bfloat16).any()
+    for value in (1.0, 2.0, 3.0):  # the memory of the first may be that of the third
+        tensor.data = torch.full((3, 4), value)
+        if value != 2.0:
+            assert (frozen_cast(tensor, torch.bfloat16) == value).all()
+    tensor.data.zero_()
+    forget([tensor])
     assert not frozen_cast(tensor, torch.bfloat16).any()
     with torch.inference_mode():
         other = torch.ones(2)
