@@ -136,11 +136,3 @@ def test_checkers_find_a_fault(checker: str, environment: dict, report: str, pro
     with pytest.raises(subprocess.CalledProcessError) as failure:
         emulation.run(program(checker), short(CHECKED[0]), tmp_path, **environment)
     assert report in failure.value.stderr and "side_fusion_" in failure.value.stderr
-
-
-def test_a_kernel_that_reads_too_early_gives_wrong_values(program: Callable, tmp_path: Path) -> None:
-    """A copy under way is a NaN: without a barrier the values themselves are wrong, whatever the checkers see."""
-    call = call_of("vision, float32 parameters")
-    right = emulation.run(program("plain"), call, tmp_path)
-    early = emulation.run(program("plain"), call, tmp_path, EMULATED_SKIP_BARRIER="1")
-    assert not torch.equal(right["out"], early["out"])
