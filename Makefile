@@ -56,6 +56,7 @@ clean:
 	find fastadapt bench tests -name __pycache__ -prune -exec rm -rf {} +
 
 OPERATIONS := $(notdir $(patsubst %/op.py,%,$(wildcard fastadapt/kernels/*/op.py)))
+METHODS := $(notdir $(patsubst %/method.py,%,$(filter-out %/common/method.py,$(wildcard fastadapt/models/*/method.py))))
 GPU_PARTS := gpu-test gpu-verify gpu-bench gpu-tune
 gpu $(GPU_PARTS): OUT ?= out/gpu
 PART = mkdir -p $(OUT); PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} timeout 480 $(PYTHON)
@@ -73,6 +74,7 @@ gpu-verify:
 gpu-bench:
 	$(PART) -m bench --out $(OUT)/bench
 	for op in $(OPERATIONS); do $(PART) -m bench ops --op $$op --out $(OUT)/ops/$$op; done
+	for method in $(METHODS); do $(PART) -m bench methods --method $$method --out $(OUT)/methods/$$method; done
 
 gpu-tune:
 	$(PART) -m bench tune --out $(OUT)/tune

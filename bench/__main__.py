@@ -1,4 +1,4 @@
-"""`python -m bench`: the main job, single operations, tuning, and drawing a report again."""
+"""`python -m bench`: the main job, single operations, the methods, tuning, and drawing a report again."""
 
 from __future__ import annotations
 
@@ -38,6 +38,22 @@ def ops(
     _quiet()
     try:
         rows = job.operations(out, op, case, console)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    _finish(terminal.operations(rows), rows, out)
+
+
+@app.command()
+def methods(
+    method: Annotated[list[str], typer.Option(help="A method by name; all of them if none is given.")] = [],
+    out: Out = Path("out/methods"),
+) -> None:
+    """Measure the methods' training steps: as released, strong, torch.compile, fastadapt, and that as one CUDA graph."""
+    from bench import job, terminal
+
+    _quiet()
+    try:
+        rows = job.methods(out, method, console)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     _finish(terminal.operations(rows), rows, out)

@@ -17,6 +17,7 @@ FROZEN = "frozen"
 PEFT = "PEFT"
 EAGER = "eager"  # the equation in torch's own functions
 RELEASED = "released"  # what a method's released code calls
+STRONG = "strong"  # a method in plain PyTorch, without dead work
 SDPA = "SDPA"  # with F.scaled_dot_product_attention
 XFORMERS = "xformers"
 CHANNELS_LAST = "channels last"  # torch's convolution of a view of the tokens, without copies of the layout

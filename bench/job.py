@@ -1,4 +1,4 @@
-"""The jobs: `main` is `make bench`, `operations` measures single operations.  Both leave rows and a report."""
+"""The jobs: `main` is `make bench`, `operations` measures single operations, `methods` whole methods.  All leave a report."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from rich.console import Console
 
 from bench import ceilings, compiled, counters, report
 from bench.case import COMPILED, Case
-from bench.cases import OPERATIONS, clip_lora, model_cases, operation_cases
+from bench.cases import OPERATIONS, clip_lora, method_cases, model_cases, operation_cases
 from bench.clocks import CLOCKS
 from bench.provenance import collect
 from bench.rows import Recorder, Row
 from bench.run import SEED, Session, Tick
 from bench.summary import operation
 from bench.terminal import Bar
+from fastadapt.models.common.method import METHODS
 
 # the cases whose bytes and launches are counted, on any machine
 COUNTED = (("bfloat16", 32), ("bfloat16", 32, "gelu"), ("float32 under bfloat16 autocast", 32))
@@ -62,7 +63,7 @@ def _training_step(case: Case, device: torch.device, session: Session, bar: Bar,
     inputs = case.make_inputs(device)
     with bar.stage(f"{case.name}: prove outputs and gradients", 0.2 * share):
         arms = session.prepare(case, [arm for arm in case.arms if arm != COMPILED], inputs)
-    with bar.stage(f"{case.name}: torch.compile PEFT", 0.3 * share):
+    with bar.stage(f"{case.name}: torch.compile", 0.3 * share):
         skip = _try_compiling(case, device, scratch, session.record)
         arms |= session.prepare(case, [COMPILED], inputs, skip)
     with bar.stage(f"{case.name}: time the training step", 0.5 * share):
@@ -93,6 +94,28 @@ def operations(out: Path, operations: Sequence[str], names: Sequence[str], conso
                 skip = {} if device.type == "cuda" or case.name in first.values() else {COMPILED: FIRST_ALONE}
                 arms = session.prepare(case, list(case.arms), case.make_inputs(device), skip)
                 session.measure(case, arms, OPERATION_SECONDS[device.type])
+        with bar.stage("draw the report", 0.01):
+            return report.write(out)
+
+
+def methods(out: Path, names: Sequence[str], console: Console) -> list[Row]:
+    """Measure training steps of the methods, all or those named.
+
+    Launches and kept bytes are counted at the papers' sizes on any machine.
+    """
+    device = _device()
+    _check("method", names, METHODS)
+    names = names or list(METHODS)
+    cases = method_cases(device.type, names).values()
+    record = recorder(out, device, {"job": "methods", "seconds": SECONDS, "cases": [case.params for case in cases]})
+    with Bar(console) as bar, tempfile.TemporaryDirectory() as scratch:
+        with bar.stage("measure this machine's ceilings", 0.04):
+            session = _session(device, record, bar)
+        with bar.stage("count launches and kept bytes", 0.1):
+            for case in method_cases("cuda", names).values():
+                session.count(case)
+        for case in cases:
+            _training_step(case, device, session, bar, 0.85 / len(cases), Path(scratch))
         with bar.stage("draw the report", 0.01):
             return report.write(out)
 

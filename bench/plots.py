@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from bench.case import (
     ADDMM, AGAIN, CHANNELS_LAST, COMPILED, CUDNN_ARMS, EAGER, FASTADAPT, FROZEN, GRAPHED, ONE_BY_ONE, PEFT, RELEASED, SDPA,
-    STACKED, XFORMERS,
+    STACKED, STRONG, XFORMERS,
 )  # fmt: skip
 from bench.summary import Group, operation
 
@@ -20,6 +20,7 @@ COLOURS = {  # told apart without colour vision, and in grey
     FROZEN: "#7b8794",
     PEFT: "#d55e00",
     RELEASED: "#d55e00",  # PEFT's place, in cases that have no PEFT
+    STRONG: "#e69f00",  # ADDMM's place, in cases that are methods
     EAGER: "#d55e00",
     SDPA: "#009e73",
     XFORMERS: "#f0e442",

@@ -60,7 +60,7 @@ def _proof_table(shown: Sequence[Row]) -> str:
 
 
 def training_step(rows: Sequence[Row]) -> str:
-    shown = [group for group in groups(rows) if group.phase == STEP]
+    shown = [group for group in groups(rows) if group.main]
     if not shown:
         return ""
     text = (
@@ -171,10 +171,10 @@ def host_time(rows: Sequence[Row]) -> str:
 
 
 def operations(rows: Sequence[Row]) -> str:
-    found = [group for group in groups(rows) if group.phase != STEP]
+    found = [group for group in groups(rows) if not group.main]
     if not found:
         return ""
-    parts = [heading("Single operations")]
+    parts = [heading("Training steps of the methods" if found[0].phase == STEP else "Single operations")]
     for name in dict.fromkeys(operation(group.case) for group in found):
         own = [group for group in found if operation(group.case) == name]
         parts.append(heading(name, 3))

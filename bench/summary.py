@@ -7,16 +7,17 @@ from dataclasses import dataclass
 
 from bench.case import (
     ADDMM, AGAIN, CHANNELS_LAST, COMPILED, CUDNN_ARMS, EAGER, FASTADAPT, FROZEN, GRAPHED, ONE_BY_ONE, PEFT, RELEASED, SDPA,
-    STACKED, XFORMERS,
+    STACKED, STRONG, XFORMERS,
 )  # fmt: skip
 from bench.rows import Row
 from bench.stats import Ratio, ratio
+from fastadapt.models.common.method import METHODS
 
 ORDER = (
-    FROZEN, PEFT, RELEASED, EAGER, SDPA, XFORMERS, CHANNELS_LAST, *CUDNN_ARMS, STACKED, COMPILED, ADDMM, ONE_BY_ONE, FASTADAPT,
-    GRAPHED, AGAIN,
+    FROZEN, PEFT, RELEASED, STRONG, EAGER, SDPA, XFORMERS, CHANNELS_LAST, *CUDNN_ARMS, STACKED, COMPILED, ADDMM, ONE_BY_ONE,
+    FASTADAPT, GRAPHED, AGAIN,
 )  # fmt: skip
-BASELINES = (PEFT, RELEASED, EAGER)  # the first of them that a case has is what ratios are given against
+BASELINES = (PEFT, STRONG, RELEASED, EAGER)  # the first of them that a case has is what ratios are given against
 COUNTS = (  # kind of row, value, what it is
     ("saved", "saved_bytes", "bytes kept for backward"),
     ("saved", "peak_bytes", "peak of allocated bytes"),
@@ -39,6 +40,11 @@ class Group:
     def baseline(self) -> str | None:
         """The arm that ratios are given against; None where none of BASELINES was timed."""
         return next((arm for arm in BASELINES if arm in self.rows), None)
+
+    @property
+    def main(self) -> bool:
+        """Whether it is the main job's training step, and no method's or single operation's."""
+        return self.phase == STEP and operation(self.case) not in METHODS
 
     def ratio(self, arm: str, to: str) -> Ratio | None:
         """How long `arm` takes in units of `to`; None where either was not timed."""
@@ -74,7 +80,7 @@ def groups(rows: Sequence[Row]) -> list[Group]:
 
 def main_group(rows: Sequence[Row]) -> Group | None:
     """The main job's training step by the clock that a user waits for; None if it was not timed."""
-    return next((group for group in groups(rows) if group.phase == STEP and group.clock in MAIN_CLOCKS), None)
+    return next((group for group in groups(rows) if group.main and group.clock in MAIN_CLOCKS), None)
 
 
 def operation(case: str) -> str:

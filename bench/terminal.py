@@ -14,7 +14,7 @@ from rich.table import Table
 from bench.case import AGAIN, FROZEN, PEFT
 from bench.rows import Row
 from bench.stats import Ratio, geometric_mean
-from bench.summary import BASELINES, MAIN_CLOCKS, ORDER, by_arm, comparisons, failures, main_group, of_kind, operation
+from bench.summary import BASELINES, MAIN_CLOCKS, ORDER, STEP, by_arm, comparisons, failures, main_group, of_kind, operation
 
 
 class Bar:
@@ -94,7 +94,7 @@ def operations(rows: Sequence[Row]) -> Table:
     """fastadapt in units of each operation's baseline: geometric means over all cases, then the cases that were timed."""
     title = "fastadapt in units of another arm (95 %), geometric means in bold"
     shown = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 0), title_justify="left")
-    timed = {f"{phase}, {clock} clock": phase for phase in ("forward", "forward+backward") for clock in MAIN_CLOCKS}
+    timed = {f"{phase}, {clock} clock": phase for phase in ("forward", "forward+backward", STEP) for clock in MAIN_CLOCKS}
     counted = {"bytes kept for backward": "kept", "peak of allocated bytes": "peak", "kernel launches": "launches"}
     found = [one for one in comparisons(rows) if one.rival in BASELINES]
     columns = {what: heading for what, heading in (timed | counted).items() if any(one.what == what for one in found)}

@@ -14,9 +14,11 @@ from bench.cases import (
     local_conv_adapter,
     local_dwconv,
     lora_linear,
+    methods,
     prior_attention,
     side_fusion,
 )
+from fastadapt.models.common.method import METHODS
 
 # each module: the shapes that a GPU measures, those that a CPU can, and the case of a shape
 OPERATIONS = {
@@ -57,6 +59,11 @@ def model_cases(device: str) -> dict[str, Case]:
     return {case.name: case for case in (clip_lora.case(*setting) for setting in CLIP[device])}
 
 
+def method_cases(device: str, names: Iterable[str] = METHODS) -> dict[str, Case]:
+    """The training steps of methods for "cuda" or "cpu", by name."""
+    return {case.name: case for case in (methods.case(name, device) for name in names)}
+
+
 def find(name: str) -> Case:
     """The case of that name.
 
@@ -65,7 +72,7 @@ def find(name: str) -> Case:
     cases = {
         name: case
         for device in CLIP
-        for table in (operation_cases, model_cases)
+        for table in (operation_cases, model_cases, method_cases)
         for name, case in table(device).items()
     }
     if name not in cases:

@@ -79,7 +79,7 @@ def case(precision: str, batch: int, activation: str = "quick_gelu", tokens: int
             PEFT: lambda inputs: _trained(inputs, inputs.model()),
             COMPILED: lambda inputs: _trained(inputs, _compile_blocks(inputs.model())),
             FASTADAPT: lambda inputs: _trained(inputs, fastadapt.fuse(inputs.model())),
-            GRAPHED: lambda inputs: _graphed(inputs, fastadapt.fuse(inputs.model())),
+            GRAPHED: _graphed,
         },
         verify=_verify,
         work={"training step": None},
@@ -199,10 +199,12 @@ def _optimizer(inputs: Inputs, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trainable, lr=LEARNING_RATE, capturable=on_gpu, fused=on_gpu)
 
 
-def _graphed(inputs: Inputs, model: nn.Module) -> Arm:
-    """The same as one call, which `fastadapt.graph_step` captures and replays; verified by a graph without the update."""
+def _graphed(inputs: Inputs) -> Arm:
+    """The fused model's step as one call, which `fastadapt.graph_step` captures and replays; verified by a graph without the
+    update."""
     if inputs.device.type != "cuda":
         raise Unavailable("graph_step captures a CUDA graph, which needs a CUDA device")
+    model = fastadapt.fuse(inputs.model())
     optimizer = _optimizer(inputs, model)
 
     def step(photos: Tensor) -> Tensor:

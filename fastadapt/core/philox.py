@@ -53,7 +53,7 @@ def draw_seed(device: torch.device, count: int = 1) -> Tensor:
 def draw_seeds(device: torch.device, count: int) -> list[Tensor]:
     """`count` seeds as `draw_seed` gives them, drawn at once."""
     drawn = draw_seed(device, 2 * count)  # every second one: kernels are compiled for pointers to multiples of 16 bytes
-    return [drawn[2 * i : 2 * i + 1] for i in range(count)]
+    return list(drawn.view(count, 2)[:, :1].unbind())
 
 
 def threshold(p: float) -> int:

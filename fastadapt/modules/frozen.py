@@ -32,7 +32,8 @@ class FrozenBlock(nn.Module):
         dropout, attention_dropout: probabilities of drop and of dropping an attention weight, while training.
         parallel: a module that reads the MLP's input: y = parallel(n).  A `LoCA` takes the whole sum, with its own scale.
         after: post-LN only: a module called as after(n, prior, residual=LN2(...)), such as `DynamicPriorAdapter`.
-        recompute: keep the block's input and the attention's output alone, and run the rest anew in the backward.
+        recompute: keep the block's input and the attention's output alone, and run the rest anew in the backward; a call whose
+            attention_mask requires a gradient keeps all.
 
     Raises:
         ValueError: an argument of the wrong type or shape.

@@ -72,7 +72,7 @@ def run_block(
     run = partial(_block, parts, tensors, adapters, seeds)
     p = parts.attention_dropout
     attention = partial(F.scaled_dot_product_attention, attn_mask=mask, dropout_p=p, is_causal=causal)
-    if not recompute or not torch.is_grad_enabled():
+    if not recompute or not torch.is_grad_enabled() or (mask is not None and mask.requires_grad):
         return run(inputs, attention)
     if torch.compiler.is_compiling():
         return checkpoint(run, inputs, attention, use_reentrant=False)
@@ -87,8 +87,8 @@ def _block(
     x = inputs.x
     norm1 = _norm(parts.norm1)
     qkv = _queries_keys_values(tensors.attention, seeds, inputs, norm1 if parts.pre_norm else {})
-    shape = (*x.shape[:2], parts.heads, qkv[0].shape[-1] // parts.heads)
-    attended = attention(*[t.view(shape).transpose(1, 2) for t in qkv]).transpose(1, 2).flatten(2)
+    heads = [t.view(*x.shape[:2], parts.heads, t.shape[-1] // parts.heads).transpose(1, 2) for t in qkv]
+    attended = attention(*heads).transpose(1, 2).flatten(2)
     (branch,) = _linears(attended, (tensors.out,), seeds["out"]).outputs
     norm = _norm(parts.norm2) if parts.pre_norm else norm1
     normed = not parts.pre_norm or adapters.parallel is not None
@@ -180,14 +180,15 @@ class _Rerun(torch.autograd.Function):
         kind = "cpu" if inputs.x.device.type == "meta" else inputs.x.device.type
         enabled = torch.is_autocast_enabled(kind)
         ctx.autocast = partial(torch.autocast, kind, torch.get_autocast_dtype(kind), enabled=enabled)
-        ctx.save_for_backward(*inputs, *left)
+        ctx.save_for_backward(*inputs, *left, *trained)  # the last so that autograd sees if one was changed since
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         fields = len(Inputs._fields)
-        given, (output, *state) = ctx.saved_tensors[:fields], ctx.saved_tensors[fields:]
+        saved = ctx.saved_tensors[: len(ctx.saved_tensors) - len(ctx.trained)]
+        given, (output, *state) = saved[:fields], saved[fields:]
         needs = ctx.needs_input_grad[5:]
         inputs = Inputs(
             *(None if t is None else t.detach().requires_grad_(need) for t, need in zip(given, needs))

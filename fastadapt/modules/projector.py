@@ -103,8 +103,9 @@ class _UpConvNormReLU(ConvNormReLU):
         convolution, norm, relu = self
         if torch.compiler.is_compiling() or convolution.bias is not None:
             return relu(norm(convolution(_up(x))))
-        dtype = autocast_dtype(x) or convolution.weight.dtype
-        return relu(norm(_UpConv.apply(x.to(dtype), convolution.weight.to(dtype))))
+        dtype = autocast_dtype(x)
+        operands = x, convolution.weight
+        return relu(norm(_UpConv.apply(*(operands if dtype is None else (t.to(dtype) for t in operands)))))
 
 
 class _UpConv(torch.autograd.Function):

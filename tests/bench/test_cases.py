@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench.case import FASTADAPT, FROZEN, PEFT
-from bench.cases import CLIP, find, lora_linear, model_cases, operation_cases
+from bench.case import FASTADAPT, FROZEN, GRAPHED, PEFT, Unavailable
+from bench.cases import CLIP, clip_lora, find, lora_linear, model_cases, operation_cases
 from bench.cases.clip_lora import contrastive_loss
 from bench.cases.lora_linear import ADDMM, Shape
 from bench.plots import COLOURS
@@ -75,6 +76,18 @@ def test_the_report_knows_every_arm(device: str) -> None:
     """One that it does not know would be timed and left out."""
     for case in (operation_cases(device) | model_cases(device)).values():
         assert set(case.arms) <= set(ORDER) and set(case.arms) <= set(COLOURS), case.name
+
+
+def test_a_step_as_one_graph_is_not_available_without_a_gpu() -> None:
+    case = clip_lora.case("bfloat16", 32)
+    with pytest.raises(Unavailable, match="CUDA"):
+        case.arms[GRAPHED](SimpleNamespace(device=torch.device("cpu")))
+
+
+@pytest.mark.parametrize("tokens", clip_lora.IMAGES)
+def test_images_become_as_many_tokens_as_the_case_says(tokens: int) -> None:
+    case = clip_lora.case("bfloat16", 32, tokens=tokens)
+    assert (case.params["image_size"] // case.params["patch_size"]) ** 2 + 1 == case.params["tokens"] == tokens
 
 
 def test_contrastive_loss_rewards_matching_pairs() -> None:

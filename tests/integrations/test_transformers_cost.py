@@ -125,32 +125,22 @@ def launches(step: Callable[[], None]) -> int:
     return found.total
 
 
-def test_a_training_step_launches_a_third_of_what_pefts_does():
-    """CLIP ViT-B/16 with LoRA on six linears, batch 32: forward and backward, loss and patches included, optimizer left out."""
-    case = clip_lora.case("bfloat16", 32)
+@pytest.mark.parametrize("precision, pefts", [("bfloat16", 1277), ("float32 under bfloat16 autocast", 2026)])
+def test_a_training_step_launches_a_third_of_what_pefts_does(precision, pefts):
+    """CLIP ViT-B/16 with LoRA on six linears, batch 32: forward and backward, loss and patches included, optimizer left out.
+
+    Under autocast no copy of a frozen weight is kept beside those that are made once.
+    """
+    case = clip_lora.case(precision, 32)
     inputs = case.make_inputs(torch.device("meta"))
     arms = {name: case.arms[name](inputs) for name in (PEFT, FASTADAPT)}
+    ours = arms[FASTADAPT]
+    with as_on_cuda():
+        ours.forward(0)
+        frozen = [frozen_cast(t, torch.bfloat16) for t in ours.constants if not t.requires_grad]
+        kept = saved_bytes(lambda: ours.forward(0), [*ours.constants, *frozen]) / STREAM
     found = {name: launches(lambda arm=arm: arm.backward(arm.forward(0))) for name, arm in arms.items()}
-    print(found)
-    assert found[PEFT] == 1277
+    print(found, f"{kept:.2f} C")
+    assert found[PEFT] == pefts
     assert found[FASTADAPT] <= found[PEFT] / 3
-
-
-def test_a_training_step_under_autocast():
-    """The same with float32 weights under bfloat16 autocast: launches, and kept bytes without a copy of any frozen weight."""
-    kept = {}
-    for precision in ("bfloat16", "float32 under bfloat16 autocast"):
-        case = clip_lora.case(precision, 32)
-        inputs = case.make_inputs(torch.device("meta"))
-        arms = {name: case.arms[name](inputs) for name in (PEFT, FASTADAPT)}
-        for name, arm in arms.items():
-            with as_on_cuda():
-                arm.forward(0)
-                frozen = [frozen_cast(t, torch.bfloat16) for t in arm.constants if not t.requires_grad]
-                kept[name, precision] = saved_bytes(lambda arm=arm: arm.forward(0), [*arm.constants, *frozen])
-    print({" ".join(key): size / STREAM for key, size in kept.items()})
-    found = {name: launches(lambda arm=arm: arm.backward(arm.forward(0))) for name, arm in arms.items()}
-    print(found)
-    assert found[FASTADAPT] <= found[PEFT] / 3
-    narrow, wide = (kept[FASTADAPT, precision] for precision in ("bfloat16", "float32 under bfloat16 autocast"))
-    assert wide <= 1.03 * narrow and 2.5 * wide <= kept[PEFT, "float32 under bfloat16 autocast"]
+    assert kept <= 12 * 10.16 + 1.1  # and the norm before the blocks

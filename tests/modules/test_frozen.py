@@ -152,6 +152,27 @@ def test_masks(mask, recompute):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
+def test_a_mask_with_a_gradient(recompute):
+    block = build(recompute=recompute)
+    x = torch.randn(BATCH, TOKENS, WIDTH, dtype=torch.float64)
+    found = []
+    for function, name in ((partial(composed, block), "mask"), (block, "attention_mask")):
+        mask = MASKS["added"].clone().requires_grad_()
+        found += torch.autograd.grad(function(x, **{name: mask}).square().sum(), mask)
+    torch.testing.assert_close(*found, **EXACT)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_factor_changed_before_the_backward_is_an_error(recompute):
+    block = build(recompute=recompute)
+    y = block(torch.randn(BATCH, TOKENS, WIDTH, dtype=torch.float64))
+    with torch.no_grad():
+        next(parameter for parameter in block.parameters() if parameter.requires_grad).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
 def test_a_query_sees_no_later_key(recompute):
     block = build(recompute=recompute)
     expected = step(partial(composed, block), block, is_causal=True)

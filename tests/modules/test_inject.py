@@ -264,7 +264,7 @@ def test_explain_tells_the_algorithm_of_the_autocast_that_it_has(monkeypatch):
 
 def test_a_model_without_lora_is_refused_by_fuse_and_empty_to_explain():
     plain = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="model: expected a model with PEFT LoRA layers.* got a Sequential without"):
+    with pytest.raises(ValueError, match="model: expected a model with PEFT LoRA layers.* got a Sequential with neither"):
         fastadapt.fuse(plain)
     assert fastadapt.unfuse(plain) is plain
     assert str(fastadapt.explain(plain)).splitlines()[-1] == "0 of 0 LoRA layers run fused"

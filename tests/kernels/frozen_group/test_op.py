@@ -38,6 +38,12 @@ WRONG = {
         {"branch": x, "branch_scale": torch.ones(8, requires_grad=True)}, "branch_scale: expected a frozen tensor",
     ),
     "dropout": (PLAIN | {"dropout_p": 1.0}, "dropout_p: expected a number p with 0 <= p < 1"),
+    "seed": (
+        PLAIN | LORA | {"dropout_p": 0.1, "seed": torch.zeros(1)}, r"^seed: expected None or an int64 tensor of shape \(1,\)",
+    ),
+    "branch's seed": (
+        {"branch": x, "branch_dropout_p": 0.1, "branch_seed": torch.zeros(2).long()}, "branch_seed: expected None or an int64",
+    ),
     "branch's dropout": ({"branch": x, "branch_dropout_p": -0.1}, "branch_dropout_p: expected a number p"),
     "the identity's n": ({"return_normed": True}, "return_normed: expected False where P is the identity"),
 }  # fmt: skip
