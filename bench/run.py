@@ -140,8 +140,12 @@ class Session:
         phase = list(case.work)[-1]
         for name, arm in arms.items():
             step = partial(arm.step(phase), 0)
-            step()  # what is allocated once, such as the optimizer's state, is no part of a step
-            self.record("saved", case.name, name, params=case.params, phase=phase, values=memory.peak_bytes(step))
+            try:
+                step()  # what is allocated once, such as the optimizer's state, is no part of a step
+                found = {"values": memory.peak_bytes(step)}
+            except Exception as error:  # such as no memory left, which is a result
+                found = _failure(error)
+            self.record("saved", case.name, name, params=case.params, phase=phase, **found)
 
 
 def interleave(

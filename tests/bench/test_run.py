@@ -113,3 +113,12 @@ def test_a_step_sees_every_set_of_inputs() -> None:
     for _ in itertools.repeat(None, 7):
         sample()
     assert seen == [0, 1, 2, 3, 4, 0, 1]
+
+
+def test_an_arm_without_room_for_a_step_leaves_the_peaks_of_the_others(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(run.memory, "peak_bytes", lambda step: {"peak_bytes": 7})
+    session = run.Session(Recorder(tmp_path / "rows.jsonl", "run", {}), CLOCKS["cpu"], CEILINGS)
+    session._record_peaks(CASE, {"failing": failing(), PEFT: arm()})
+    found = {row.arm: (row.status, row.reason, row.values) for row in read(tmp_path / "rows.jsonl")}
+    assert found["failing"][:2] == ("failed", "RuntimeError: cannot run")
+    assert found[PEFT] == ("ok", "", {"peak_bytes": 7})
