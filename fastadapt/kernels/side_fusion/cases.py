@@ -12,7 +12,7 @@ from fastadapt.kernels.side_fusion.op import SideTap, side_fusion
 from fastadapt.prove.cases import PRECISIONS, computing, outputs_and_gradients
 from fastadapt.prove.report import Budget
 
-BACKENDS = ("triton",)
+BACKENDS = ("native", "triton")
 
 
 @dataclass(frozen=True)
