@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from fastadapt import FusionEncoder
-from fastadapt.core.checks import fail
+from fastadapt.core.checks import check_tensor, fail
 from fastadapt.models.common.arms import ATTENTION, check_arm
 from fastadapt.models.common.fusion import EagerFusionEncoder
 from fastadapt.models.common.parity import Parity, chosen
@@ -127,6 +127,14 @@ class MethodModel(PreTrainedModel):
     def has(self, option: str) -> bool:
         """Whether this departure of the released code is asked for."""
         return option in self.config.parity
+
+    def check_inputs(self, pixel_values: Tensor, **ids: Tensor | None) -> None:
+        """Images (B, 3, image_size, image_size), and ids by their names, (B, text_length) each, as the configuration has them."""
+        size, sentences = self.config.image_size, (len(pixel_values), self.config.text_length)
+        check_tensor("pixel_values", pixel_values, (None, 3, size, size), pixel_values.device)
+        for name, given in ids.items():
+            if given is None or given.shape != sentences:
+                fail(name, f"shape {sentences}", None if given is None else tuple(given.shape))
 
     def train(self, mode: bool = True) -> MethodModel:
         """Towers stay in eval mode, their dropout off, unless `parity` asks for "tower_dropout"."""

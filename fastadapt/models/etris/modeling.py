@@ -216,10 +216,7 @@ class ETRISForSegmentation(MethodModel):
             ValueError: a tensor of another shape.
         """
         size, batch = self.config.image_size, len(pixel_values)
-        check_tensor("pixel_values", pixel_values, (None, 3, size, size), pixel_values.device)
-        sentences = (batch, self.config.text_length)
-        if input_ids is None or input_ids.shape != sentences:
-            fail("input_ids", f"shape {sentences}", None if input_ids is None else tuple(input_ids.shape))
+        self.check_inputs(pixel_values, input_ids=input_ids)
         padding = (input_ids if attention_mask is None else attention_mask) == 0
         ends = self.config.bridge_blocks
         levels, text = self.bridger(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import BertModel, DetrModel
 
 from fastadapt import FusionEncoder, SideAdapter, SideAdapterBank
-from fastadapt.core.checks import check_tensor, fail
+from fastadapt.core.checks import check_tensor
 from fastadapt.models.common.base import GroundingOutput, MethodModel
 from fastadapt.models.common.fusion import EagerFusionEncoder, ReleasedFusionEncoder
 from fastadapt.models.common.heads import BoxHead
@@ -111,10 +111,7 @@ class M2ISTForGrounding(MethodModel):
             ValueError: a tensor of another shape.
         """
         size, batch = self.config.image_size, len(pixel_values)
-        check_tensor("pixel_values", pixel_values, (None, 3, size, size), pixel_values.device)
-        sentences = (batch, self.config.text_length)
-        if input_ids is None or input_ids.shape != sentences:
-            fail("input_ids", f"shape {sentences}", None if input_ids is None else tuple(input_ids.shape))
+        self.check_inputs(pixel_values, input_ids=input_ids)
         pixel_mask = pixel_values.new_ones(batch, size, size) if pixel_mask is None else pixel_mask
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         with torch.no_grad():

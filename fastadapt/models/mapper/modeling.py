@@ -162,13 +162,10 @@ class MaPPERForGrounding(MethodModel):
         Raises:
             ValueError: a tensor of another shape.
         """
-        size, length, batch = self.config.image_size, self.config.text_length, len(pixel_values)
-        check_tensor("pixel_values", pixel_values, (None, 3, size, size), pixel_values.device)
+        length, batch = self.config.text_length, len(pixel_values)
         if prior_ids is None and self.has("bert_ids_for_prior"):
             prior_ids = input_ids
-        for name, ids in {"input_ids": input_ids, **({"prior_ids": prior_ids} if prior is None else {})}.items():
-            if ids is None or ids.shape != (batch, length):
-                fail(name, f"shape {(batch, length)}", None if ids is None else tuple(ids.shape))
+        self.check_inputs(pixel_values, input_ids=input_ids, **({"prior_ids": prior_ids} if prior is None else {}))
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if prior is None:
             prior = self.encode_prior(prior_ids)
